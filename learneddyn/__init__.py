@@ -1,0 +1,22 @@
+"""Train agents inside learned simulators.
+
+A learned dynamics model becomes a World; a World is a Gymnasium environment, a planner's simulator and an agent's
+imagination; MuJoCo is the judge. Importing the package registers ``LearnedDyn-v0`` and loads nothing heavy::
+
+    import gymnasium as gym
+    import learneddyn
+
+    env = gym.make("LearnedDyn-v0")
+"""
+
+from gymnasium.envs.registration import register, registry
+
+__version__ = "0.1.0"
+
+
+if "LearnedDyn-v0" not in registry:
+    register(
+        id="LearnedDyn-v0",
+        entry_point="learneddyn.envs.learned:make_env",
+        vector_entry_point="learneddyn.envs.vector:make_vector_env",
+    )

@@ -1,0 +1,172 @@
+"""What every learned dynamics model shares: fit, predict, sample, and a file format that nothing has to unpickle."""
+
+import hashlib
+import importlib
+import inspect
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+import learneddyn
+from learneddyn.core import Json, Outcome, Prediction, Transitions
+from learneddyn.files import replaced_folder, surviving_folder, write_file
+from learneddyn.spaces import Spaces
+
+FORMAT = 1
+
+
+class ModelFileError(ValueError):
+    """A model folder that cannot be read: missing, truncated, from another format version, or for another class."""
+
+
+@dataclass
+class FitReport:
+    """What a fit did: ``history`` holds one entry per epoch, ``metrics`` the final figures (hold-out MSE, NLL ...)."""
+
+    epochs: int
+    seconds: float
+    metrics: dict[str, float]
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class AbstractDynamics(nn.Module, ABC):
+    """p(next_obs, reward, terminated | obs, action), learned from Transitions.
+
+    The constructor takes hyper-parameters only, all of them JSON values; sizes come from the data at `fit`. Subclasses
+    implement `fit`, `predict`, `sample` and `_build`, which creates the parameters once the spaces are known.
+    """
+
+    spaces: Spaces | None
+    source: str
+    num_members: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spaces = None
+        self.source = ""
+
+    @property
+    @abstractmethod
+    def elites(self) -> Int[Tensor, " k"]:
+        """Indices of the members that rollouts may use."""
+
+    @abstractmethod
+    def _build(self, spaces: Spaces) -> None:
+        """Create parameters and buffers for these spaces; called once before the first fit and by `load`."""
+
+    @abstractmethod
+    def fit(self, data: Transitions, *, rng: torch.Generator, progress: bool = False) -> FitReport:
+        """Learn from the data; a second call goes on from the weights at hand (warm start)."""
+
+    @abstractmethod
+    def predict(
+        self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Float[Tensor, "b m"] | None = None
+    ) -> Prediction:
+        """Ask every member."""
+
+    @abstractmethod
+    def sample(
+        self,
+        obs: Float[Tensor, "b o"],
+        action: Float[Tensor, "b a"],
+        member: Int[Tensor, " b"],
+        rng: torch.Generator,
+        memory: Float[Tensor, "b m"] | None = None,
+        *,
+        noise: bool = True,
+    ) -> Outcome:
+        """Ask one member per row: the fast path of every rollout."""
+
+    def config(self) -> Json:
+        """Return the constructor's arguments, read back from the attributes of the same names."""
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        return {name: getattr(self, name) for name in names}
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``model.safetensors`` and ``model.json`` into ``folder``.
+
+        The new folder is written beside the old one and then swapped in, so a kill at any moment leaves either the old
+        or the new model readable by `load`.
+
+        Raises:
+            ModelFileError: the model has not been fitted.
+        """
+        if self.spaces is None:
+            raise ModelFileError(f"{type(self).__name__} has not been fitted: there is nothing to save")
+        target = Path(folder)
+        blob = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()})
+        card = {
+            "format": FORMAT,
+            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "config": self.config(),
+            "spaces": self.spaces.to_json(),
+            "source": self.source,
+            "version": learneddyn.__version__,
+            "sha256": hashlib.sha256(blob).hexdigest(),
+        }
+        with replaced_folder(target) as fresh:
+            write_file(fresh / "model.safetensors", blob)
+            write_file(fresh / "model.json", json.dumps(card, indent=2).encode())
+
+    @classmethod
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
+        """Read a folder written by `save`; ``AbstractDynamics.load`` returns whatever class the folder holds.
+
+        Raises:
+            ModelFileError: missing, truncated, of another format version, of another class, or not fitting that class.
+        """
+        source = surviving_folder(Path(folder))
+        card, blob = _read(source)
+        module, _, name = card["class"].rpartition(".")
+        found = getattr(importlib.import_module(module), name)
+        if not (isinstance(found, type) and issubclass(found, cls)):
+            raise ModelFileError(f"{source} holds a {card['class']}, not a {cls.__name__}")
+        model = found(**card["config"])
+        model.spaces, model.source = Spaces.from_json(card["spaces"]), card["source"]
+        model._build(model.spaces)
+        try:
+            model.load_state_dict(load_tensors(blob))
+        except (SafetensorError, RuntimeError) as error:
+            raise ModelFileError(f"{source}/model.safetensors does not fit {card['class']}: {error}") from error
+        return model.to(device)
+
+    def check_spaces(self, data: Transitions) -> Spaces:
+        """Return the spaces of ``data`` after building (first fit) or comparing (later fits).
+
+        Raises:
+            ValueError: the data names no spaces, or others than the ones this model was fitted on.
+        """
+        if data.spaces is None:
+            raise ValueError("the data names no spaces: load it with learneddyn.data, or pass spaces=Spaces(obs, action)")
+        if self.spaces is None:
+            self._build(data.spaces)
+            self.spaces = data.spaces
+        elif self.spaces != data.spaces:
+            raise ValueError(f"this model was fitted on {self.spaces}, the data has {data.spaces}")
+        self.source = data.source
+        return self.spaces
+
+
+def _read(source: Path) -> tuple[dict[str, Any], bytes]:
+    try:
+        card = json.loads((source / "model.json").read_text())
+        blob = (source / "model.safetensors").read_bytes()
+    except (OSError, json.JSONDecodeError) as error:
+        raise ModelFileError(f"{source} is not a readable model folder: {error}") from error
+    if card.get("format") != FORMAT:
+        raise ModelFileError(
+            f"{source} has model format {card.get('format')!r} (written by learneddyn {card.get('version')}), this "
+            f"version reads format {FORMAT}; fit the model again or install that version"
+        )
+    if hashlib.sha256(blob).hexdigest() != card["sha256"]:
+        raise ModelFileError(f"{source}/model.safetensors is truncated or altered ({len(blob)} bytes, wrong checksum)")
+    return card, blob

@@ -1,0 +1,19 @@
+"""A learned model and a task, put together: start, step, rollout, returns."""
+
+from learneddyn.world.sampling import SAMPLERS, Sampler, elite, mean, ts1, tsinf
+from learneddyn.world.trust import Trust, all_trusted, penalty_below, within_data
+from learneddyn.world.world import World
+
+__all__ = [
+    "SAMPLERS",
+    "Sampler",
+    "Trust",
+    "World",
+    "all_trusted",
+    "elite",
+    "mean",
+    "penalty_below",
+    "ts1",
+    "tsinf",
+    "within_data",
+]

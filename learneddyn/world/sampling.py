@@ -1,0 +1,65 @@
+"""How a rollout draws the next state from an ensemble: which member answers, and with or without its noise.
+
+A Sampler chooses the member of every row; the model then pays for one member per row.
+
+    mean    average of the elites, no noise (deterministic)
+    ts1     every row draws a new member at every step (Chua et al., "Deep Reinforcement Learning in a Handful of
+            Trials using Probabilistic Dynamics Models", 2018)
+    tsinf   a row keeps the member it started with (same source)
+    elite   every row draws a new elite at every step (Janner et al., "When to Trust Your Model", 2019)
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from learneddyn.core import Dynamics, Outcome, State
+
+Sampler = Callable[[State, Float[Tensor, "b a"], Dynamics, torch.Generator], tuple[State, Outcome]]
+
+
+def draw_members(choices: Int[Tensor, " k"], lanes: int, rng: torch.Generator) -> Int[Tensor, " b"]:
+    """Draw one of ``choices`` per lane, uniformly, in equal shares (up to one lane) by a random permutation.
+
+    Equal shares keep each row's marginal uniform and let a model group its rows into blocks of one static size; rows
+    of one call are therefore not exactly independent (the counts per member do not fluctuate).
+    """
+    shuffled = torch.randperm(len(choices), generator=rng, device=choices.device)
+    order = torch.randperm(lanes, generator=rng, device=choices.device)
+    return choices[shuffled[order % len(choices)]]
+
+
+def ts1(state: State, action: Tensor, dynamics: Dynamics, rng: torch.Generator) -> tuple[State, Outcome]:
+    """Draw a new member per row at every step, from all members."""
+    members = torch.arange(dynamics.num_members, device=state.obs.device)
+    return _ask(state._replace(member=draw_members(members, len(state.obs), rng)), action, dynamics, rng)
+
+
+def elite(state: State, action: Tensor, dynamics: Dynamics, rng: torch.Generator) -> tuple[State, Outcome]:
+    """Draw a new elite per row at every step."""
+    return _ask(state._replace(member=draw_members(dynamics.elites, len(state.obs), rng)), action, dynamics, rng)
+
+
+def tsinf(state: State, action: Tensor, dynamics: Dynamics, rng: torch.Generator) -> tuple[State, Outcome]:
+    """Keep the member that the row started with."""
+    return _ask(state, action, dynamics, rng)
+
+
+def mean(state: State, action: Tensor, dynamics: Dynamics, rng: torch.Generator) -> tuple[State, Outcome]:
+    """Average the elites' means, without noise; a learned termination is the elites' mean probability above 1/2."""
+    prediction = dynamics.predict(state.obs, action, state.memory)
+    chosen = prediction.elites
+    reward = None if prediction.reward_mean is None else prediction.reward_mean[chosen].mean(dim=0)
+    ended = None if prediction.terminated is None else prediction.terminated[chosen].mean(dim=0) > 0.5
+    outcome = Outcome(prediction.mean[chosen].mean(dim=0), reward, ended, prediction.memory)
+    return state._replace(obs=outcome.next_obs, memory=outcome.memory), outcome
+
+
+SAMPLERS: dict[str, Sampler] = {"mean": mean, "ts1": ts1, "tsinf": tsinf, "elite": elite}
+
+
+def _ask(state: State, action: Tensor, dynamics: Dynamics, rng: torch.Generator) -> tuple[State, Outcome]:
+    outcome = dynamics.sample(state.obs, action, state.member, rng, state.memory)
+    return State(outcome.next_obs, state.member, outcome.memory), outcome

@@ -1,0 +1,179 @@
+"""World: a dynamics model and a task, put together. Everything above (envs, planners, agents) talks to this class."""
+
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from learneddyn.core import ActionFn, Dynamics, Outcome, Penalty, State, Step, Task, Transitions
+from learneddyn.spaces import Spaces
+from learneddyn.world.sampling import SAMPLERS, Sampler, draw_members
+from learneddyn.world.trust import Trust, all_trusted
+
+
+class World:
+    """Simulate a task inside a dynamics model, many lanes at once, on the model's device.
+
+    Reward and termination come from the task where it knows them, otherwise from the model's heads. With a penalty,
+    the reward is ``reward - penalty_weight * penalty(obs, action, prediction)``, and every member is asked.
+
+    Args:
+        dynamics: a fitted model, or the truth (`learneddyn.world.truth`).
+        task: what is asked; its None parts are answered by the model's heads.
+        sampler: one of ``mean``, ``ts1``, ``tsinf``, ``elite``, or a callable of the same signature.
+        penalty: uncertainty to subtract from the reward, see `learneddyn.world.penalties`.
+        penalty_weight: weight of the penalty, in reward units per penalty unit.
+        trust: which steps to believe; see `learneddyn.world.trust`.
+
+    Raises:
+        ValueError: the model is not fitted, or neither task nor model answers reward or termination.
+    """
+
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        task: Task,
+        *,
+        sampler: str | Sampler = "elite",
+        penalty: Penalty | None = None,
+        penalty_weight: float = 0.0,
+        trust: Trust = all_trusted,
+    ) -> None:
+        if dynamics.spaces is None:
+            raise ValueError(f"{type(dynamics).__name__} has not been fitted: call fit(data) or load a model first")
+        if isinstance(sampler, str) and sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {sampler!r}, allowed are {sorted(SAMPLERS)} or a callable")
+        if penalty_weight and penalty is None:
+            raise ValueError(f"penalty_weight is {penalty_weight} but no penalty is given")
+        self.dynamics, self.task, self.spaces = dynamics, task, cast(Spaces, dynamics.spaces)
+        self.sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
+        self.penalty, self.penalty_weight, self.trust = penalty, penalty_weight, trust
+
+    def start(self, obs: Float[Tensor, "b o"], rng: torch.Generator) -> State:
+        """Return the state of lanes that begin at ``obs``, each with an elite drawn for it.
+
+        Raises:
+            ValueError: no lanes, or observations with the wrong number of columns.
+        """
+        if obs.ndim != 2 or len(obs) == 0 or obs.shape[1] != self.spaces.obs_dim:
+            raise ValueError(
+                f"start needs observations of shape (lanes >= 1, {self.spaces.obs_dim}), got {tuple(obs.shape)}"
+            )
+        return State(obs, draw_members(self.dynamics.elites, len(obs), rng))
+
+    def initial(self, lanes: int, rng: torch.Generator) -> Float[Tensor, "b o"]:
+        """Draw start observations of the task.
+
+        Raises:
+            ValueError: the task defines no start states.
+        """
+        if self.task.initial is None:
+            raise ValueError(
+                f"the task of {self.task.real_id} defines no start states; start from a data set's observations instead"
+            )
+        return self.task.initial(lanes, rng)
+
+    def step(self, state: State, action: Float[Tensor, "b a"], rng: torch.Generator) -> tuple[State, Step]:
+        """Advance every lane by one step of the model.
+
+        Returns:
+            The new state, and reward, terminated, trusted per lane. A row with a non-finite entry is not trusted, and
+            its next observation is the one before, so that nothing downstream meets a NaN.
+
+        Raises:
+            ValueError: neither the task nor the model answers reward or termination.
+        """
+        after, outcome = self.sampler(state, action, self.dynamics, rng)
+        reward = self._reward(state.obs, action, outcome)
+        if self.penalty is not None:
+            prediction = self.dynamics.predict(state.obs, action, state.memory)
+            reward = reward - self.penalty_weight * self.penalty(state.obs, action, prediction)
+        finite = outcome.next_obs.isfinite().all(dim=1) & reward.isfinite()
+        next_obs = torch.where(finite[:, None], outcome.next_obs, state.obs)
+        reward = torch.where(finite, reward, torch.zeros_like(reward))
+        terminated = self._terminated(next_obs, outcome) & finite
+        trusted = self.trust(state.obs, action, next_obs) & finite
+        return after._replace(obs=next_obs), Step(reward, terminated, trusted)
+
+    @torch.no_grad()
+    def rollout(
+        self, obs: Float[Tensor, "b o"], policy: ActionFn, horizon: int, rng: torch.Generator
+    ) -> Transitions:
+        """Imagine ``horizon`` steps from every start, acting by ``policy``.
+
+        A row stops at its first terminated or untrusted step (the untrusted step itself is left out) and never
+        reappears. Rows come out grouped by episode (one per start), in order of time.
+        """
+        if horizon < 1:
+            raise ValueError(f"horizon must be at least 1, got {horizon}")
+        state = self.start(obs, rng)
+        episode = torch.arange(len(obs), device=obs.device)
+        parts: list[tuple[Tensor, ...]] = []
+        for _ in range(horizon):
+            action = policy(state.obs)
+            after, step = self.step(state, action, rng)
+            rows = (state.obs, action, step.reward, after.obs, step.terminated, episode)
+            keep = step.trusted
+            parts.append(rows if bool(keep.all()) else tuple(column[keep] for column in rows))
+            alive = keep & ~step.terminated
+            if not bool(alive.all()):
+                state, episode = _select(after, alive), episode[alive]
+            else:
+                state = after
+            if len(episode) == 0:
+                break
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+        order = columns[5].argsort(stable=True)
+        return Transitions(*(column[order] for column in columns), spaces=self.spaces, source="imagined")
+
+    @torch.no_grad()
+    def returns(
+        self,
+        obs: Float[Tensor, "b o"],
+        plans: Float[Tensor, "b s h a"],
+        rng: torch.Generator,
+        particles: int = 1,
+    ) -> Float[Tensor, "b s"]:
+        """Return the mean undiscounted return of every action plan over ``particles`` imagined futures.
+
+        A particle collects no reward after a terminated or untrusted step. Non-finite returns come out as -inf.
+        """
+        lanes, candidates, horizon, width = plans.shape
+        rows = lanes * candidates * particles
+        state = self.start(obs[:, None, None].expand(-1, candidates, particles, -1).reshape(rows, -1), rng)
+        total = torch.zeros(rows, device=obs.device)
+        alive = torch.ones(rows, dtype=torch.bool, device=obs.device)
+        for t in range(horizon):
+            action = plans[:, :, t, None].expand(-1, -1, particles, -1).reshape(rows, width)
+            state, step = self.step(state, action, rng)
+            alive = alive & step.trusted
+            total = total + step.reward * alive
+            alive = alive & ~step.terminated
+        mean = total.reshape(lanes, candidates, particles).mean(dim=2)
+        return torch.where(mean.isfinite(), mean, torch.full_like(mean, -torch.inf))
+
+    def _reward(self, obs: Tensor, action: Tensor, outcome: Outcome) -> Tensor:
+        if self.task.reward is not None:
+            return self.task.reward(obs, action, outcome.next_obs)
+        if outcome.reward is None:
+            raise ValueError(
+                f"the reward of {self.task.real_id} does not follow from the observation and the model has no reward "
+                "head: fit it with learn_reward=True, or give the task a reward function"
+            )
+        return outcome.reward
+
+    def _terminated(self, next_obs: Tensor, outcome: Outcome) -> Tensor:
+        if self.task.terminated is not None:
+            return self.task.terminated(next_obs)
+        if outcome.terminated is None:
+            raise ValueError(
+                f"the terminations of {self.task.real_id} do not follow from the observation and the model has no "
+                "termination head: fit it with learn_termination=True, or give the task a termination function"
+            )
+        return outcome.terminated
+
+
+def _select(state: State, rows: Tensor) -> State:
+    memory = None if state.memory is None else state.memory[rows]
+    return State(state.obs[rows], state.member[rows], memory)
