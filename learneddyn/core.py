@@ -67,7 +67,7 @@ class Transitions:
 
     def __getitem__(self, rows: slice | Tensor) -> "Transitions":
         """Return the chosen rows (a slice, a boolean mask or an index tensor)."""
-        return replace(self, **{name: tensor[rows] for name, tensor in self.tensors().items()})
+        return self._map(lambda tensor: tensor[rows])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the six columns by name."""
@@ -80,7 +80,11 @@ class Transitions:
 
     def to(self, device: torch.device | str) -> "Transitions":
         """Return the same rows on another device."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Transitions":
+        columns: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **columns)
 
     def check(self) -> "Transitions":
         """Return self if it can be learned from.
@@ -137,11 +141,17 @@ class Transitions:
         device: torch.device | str = "cpu",
     ) -> "Transitions":
         """Build from flat NumPy columns, cast to float32 / bool / int64."""
-        floats = (torch.as_tensor(np.asarray(x, np.float32), device=device) for x in (obs, action, reward, next_obs))
+
+        def column(values: np.ndarray, dtype: type) -> Tensor:
+            return torch.as_tensor(np.asarray(values, dtype), device=device)
+
         return cls(
-            *floats,
-            torch.as_tensor(np.asarray(terminated, bool), device=device),
-            torch.as_tensor(np.asarray(episode, np.int64), device=device),
+            obs=column(obs, np.float32),
+            action=column(action, np.float32),
+            reward=column(reward, np.float32),
+            next_obs=column(next_obs, np.float32),
+            terminated=column(terminated, bool),
+            episode=column(episode, np.int64),
             spaces=spaces,
             source=source,
         )
@@ -184,7 +194,7 @@ class State(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a world's step says besides the new state. A row that is not trusted stops in rollouts, truncates in envs."""
+    """What a step says besides the new state. A row that is not trusted stops in rollouts and truncates in envs."""
 
     reward: Float[Tensor, " b"]
     terminated: Bool[Tensor, " b"]

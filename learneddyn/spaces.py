@@ -93,7 +93,7 @@ def encode(space: gym.Space[Any], batch: Any) -> np.ndarray:
             )
     columns, rows = flat_dim(space), np.asarray(batch)
     if space.shape is not None and rows.shape[1:] != space.shape:
-        raise ValueError(f"a batch for {space} must have shape (n, {', '.join(map(str, space.shape))}), got {rows.shape}")
+        raise ValueError(f"a batch for {space} must have shape (n, *{space.shape}), got {rows.shape}")
     return rows.reshape(len(rows), columns).astype(np.float32, copy=False)
 
 
@@ -114,7 +114,8 @@ def decode(space: gym.Space[Any], flat: np.ndarray) -> Any:
             parts = _split(flat, list(space.spaces.values()))
             return {key: decode(part, block) for (key, part), block in zip(space.spaces.items(), parts, strict=True)}
         case spaces.Tuple():
-            return tuple(decode(part, block) for part, block in zip(space.spaces, _split(flat, space.spaces), strict=True))
+            blocks = _split(flat, space.spaces)
+            return tuple(decode(part, block) for part, block in zip(space.spaces, blocks, strict=True))
     raise TypeError(f"{space} cannot be read from float columns")
 
 
@@ -124,5 +125,6 @@ def _split(flat: np.ndarray, parts: Any) -> list[np.ndarray]:
 
 def _one_hot(index: np.ndarray, n: int, space: gym.Space[Any]) -> np.ndarray:
     if len(index) and (index.min() < 0 or index.max() >= n):
-        raise ValueError(f"{space} got the entry {index.min() if index.min() < 0 else index.max()} (counted from its start)")
+        wrong = index[(index < 0) | (index >= n)][0]
+        raise ValueError(f"{space} got the entry {wrong} (counted from its start), allowed are 0 to {n - 1}")
     return np.eye(n, dtype=np.float32)[index.astype(np.int64)]

@@ -146,7 +146,7 @@ class AbstractDynamics(nn.Module, ABC):
             ValueError: the data names no spaces, or others than the ones this model was fitted on.
         """
         if data.spaces is None:
-            raise ValueError("the data names no spaces: load it with learneddyn.data, or pass spaces=Spaces(obs, action)")
+            raise ValueError("the data names no spaces: load it with learneddyn.data, or give it spaces=Spaces(...)")
         if self.spaces is None:
             self._build(data.spaces)
             self.spaces = data.spaces

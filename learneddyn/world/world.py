@@ -1,13 +1,10 @@
 """World: a dynamics model and a task, put together. Everything above (envs, planners, agents) talks to this class."""
 
-from typing import cast
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from learneddyn.core import ActionFn, Dynamics, Outcome, Penalty, State, Step, Task, Transitions
-from learneddyn.spaces import Spaces
 from learneddyn.world.sampling import SAMPLERS, Sampler, draw_members
 from learneddyn.world.trust import Trust, all_trusted
 
@@ -46,7 +43,7 @@ class World:
             raise ValueError(f"unknown sampler {sampler!r}, allowed are {sorted(SAMPLERS)} or a callable")
         if penalty_weight and penalty is None:
             raise ValueError(f"penalty_weight is {penalty_weight} but no penalty is given")
-        self.dynamics, self.task, self.spaces = dynamics, task, cast(Spaces, dynamics.spaces)
+        self.dynamics, self.task, self.spaces = dynamics, task, dynamics.spaces
         self.sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
         self.penalty, self.penalty_weight, self.trust = penalty, penalty_weight, trust
 
@@ -97,9 +94,7 @@ class World:
         return after._replace(obs=next_obs), Step(reward, terminated, trusted)
 
     @torch.no_grad()
-    def rollout(
-        self, obs: Float[Tensor, "b o"], policy: ActionFn, horizon: int, rng: torch.Generator
-    ) -> Transitions:
+    def rollout(self, obs: Float[Tensor, "b o"], policy: ActionFn, horizon: int, rng: torch.Generator) -> Transitions:
         """Imagine ``horizon`` steps from every start, acting by ``policy``.
 
         A row stops at its first terminated or untrusted step (the untrusted step itself is left out) and never
@@ -124,8 +119,9 @@ class World:
             if len(episode) == 0:
                 break
         columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-        order = columns[5].argsort(stable=True)
-        return Transitions(*(column[order] for column in columns), spaces=self.spaces, source="imagined")
+        order = columns[-1].argsort(stable=True)
+        obs, action, reward, next_obs, terminated, episode = (column[order] for column in columns)
+        return Transitions(obs, action, reward, next_obs, terminated, episode, self.spaces, "imagined")
 
     @torch.no_grad()
     def returns(

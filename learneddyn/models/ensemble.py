@@ -1,0 +1,407 @@
+"""Probabilistic ensemble: E Gaussian networks trained on bootstraps of one data set.
+
+Source: Chua, Calandra, McAllister, Levine, "Deep Reinforcement Learning in a Handful of Trials using Probabilistic
+Dynamics Models" (2018); elites, hold-out and early stopping as in Janner, Fu, Zhang, Levine, "When to Trust Your
+Model: Model-Based Policy Optimization" (2019).
+"""
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, silu, softplus
+from tqdm import tqdm
+
+from learneddyn.core import DataError, Outcome, Prediction, Transitions
+from learneddyn.models.base import AbstractDynamics, FitReport
+from learneddyn.spaces import Spaces
+
+# A column that never changes is copied, not learned; its noise is far below anything a task can feel.
+_CONSTANT_STD = 1e-6
+_CONSTANT_RANGE = 1e-6
+
+
+class _Heads(NamedTuple):
+    """What the networks say, before targets become observations."""
+
+    mean: Float[Tensor, "e b q"]
+    logvar: Float[Tensor, "e b q"]
+    ended: Float[Tensor, "e b"] | None
+
+
+class ProbabilisticEnsemble(AbstractDynamics):
+    """E networks map (obs, action) to a Gaussian over the change of the observation (and the reward).
+
+    Every network is an MLP with SiLU; its log-variance is bounded softly by two learned vectors shared by all
+    networks. Each network trains on its own bootstrap of the data by Gaussian negative log-likelihood, stops early on
+    the hold-out error, and keeps its best weights; the ``num_elites`` networks with the lowest hold-out error are the
+    ones rollouts use. Inputs are standardised by the training rows of the latest fit.
+
+    Two choices lie outside the sources and are off or harmless by default: ``scale_targets`` standardises targets too
+    (small changes then weigh as much as large ones), and columns whose change is constant in the data (goals, unused
+    sensors) are copied exactly instead of learned. Adam's moments start fresh at every fit; the weights do not.
+
+    Args:
+        num_members: networks E.
+        num_elites: networks that rollouts use, 1 to E.
+        hidden: widths of the hidden layers.
+        learn_reward: add a Gaussian reward head.
+        learn_termination: add a logistic termination head, trained by cross-entropy.
+        angles: observation columns in radians that enter the network as cosine and sine.
+        absolute: observation columns predicted as they are, not as a change.
+        scale_targets: standardise the targets.
+        learning_rate: of Adam.
+        weight_decay: L2 factor per layer, first to last; one number for all layers.
+        batch_size: rows per network and update.
+        holdout_ratio: share of the rows held out.
+        holdout_max: upper bound of held-out rows.
+        improvement: relative gain of hold-out error that counts as progress.
+        patience: epochs without progress before training stops.
+        max_epochs: upper bound of epochs, None for no bound.
+        bootstrap: draw each network's rows with replacement; False gives all networks the same rows.
+
+    Raises:
+        ValueError: an argument outside its range (names it, the value, what is allowed).
+    """
+
+    def __init__(
+        self,
+        num_members: int = 7,
+        num_elites: int = 5,
+        hidden: Sequence[int] = (200, 200, 200, 200),
+        learn_reward: bool = False,
+        learn_termination: bool = False,
+        angles: Sequence[int] = (),
+        absolute: Sequence[int] = (),
+        scale_targets: bool = False,
+        learning_rate: float = 1e-3,
+        weight_decay: Sequence[float] | float = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4),
+        batch_size: int = 256,
+        holdout_ratio: float = 0.2,
+        holdout_max: int = 5000,
+        improvement: float = 0.01,
+        patience: int = 5,
+        max_epochs: int | None = None,
+        bootstrap: bool = True,
+    ) -> None:
+        super().__init__()
+        layers = len(hidden) + 1
+        decay = [float(weight_decay)] * layers if isinstance(weight_decay, int | float) else [*map(float, weight_decay)]
+        for name, ok, value, allowed in (
+            ("num_members", num_members >= 1, num_members, "at least 1"),
+            ("num_elites", 1 <= num_elites <= num_members, num_elites, f"1 to num_members = {num_members}"),
+            ("hidden", all(width >= 1 for width in hidden), hidden, "positive widths"),
+            ("weight_decay", len(decay) == layers, weight_decay, f"one number, or one per layer ({layers})"),
+            ("batch_size", batch_size >= 1, batch_size, "at least 1"),
+            ("holdout_ratio", 0 < holdout_ratio < 1, holdout_ratio, "between 0 and 1"),
+            ("patience", patience >= 0, patience, "at least 0"),
+            ("max_epochs", max_epochs is None or max_epochs >= 1, max_epochs, "None or at least 1"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        self.num_members, self.num_elites, self.hidden = num_members, num_elites, list(hidden)
+        self.learn_reward, self.learn_termination = learn_reward, learn_termination
+        self.angles, self.absolute, self.scale_targets = list(angles), list(absolute), scale_targets
+        self.learning_rate, self.weight_decay, self.batch_size = learning_rate, decay, batch_size
+        self.holdout_ratio, self.holdout_max = holdout_ratio, holdout_max
+        self.improvement, self.patience, self.max_epochs = improvement, patience, max_epochs
+        self.bootstrap = bootstrap
+
+    @property
+    def elites(self) -> Int[Tensor, " k"]:
+        """Indices of the members with the lowest hold-out error, best first."""
+        return self._elites
+
+    def _build(self, spaces: Spaces) -> None:
+        o, a, e = spaces.obs_dim, spaces.action_dim, self.num_members
+        for name, columns in (("angles", self.angles), ("absolute", self.absolute)):
+            if any(not 0 <= column < o for column in columns):
+                raise ValueError(f"{name} must name observation columns 0 to {o - 1}, got {columns}")
+        inputs, targets = o + len(self.angles) + a, o + self.learn_reward
+        widths = [inputs, *self.hidden, 2 * targets + self.learn_termination]
+        self.weights = nn.ParameterList(torch.zeros(e, i, j) for i, j in pairwise(widths))
+        self.biases = nn.ParameterList(torch.zeros(e, 1, j) for j in widths[1:])
+        self.max_logvar = nn.Parameter(torch.full((targets,), 0.5))
+        self.min_logvar = nn.Parameter(torch.full((targets,), -10.0))
+        # float64, cast where used: sums of squares over long logs lose digits in float32.
+        self.register_buffer("input_mean", torch.zeros(inputs, dtype=torch.float64))
+        self.register_buffer("input_std", torch.ones(inputs, dtype=torch.float64))
+        self.register_buffer("target_mean", torch.zeros(targets, dtype=torch.float64))
+        self.register_buffer("target_std", torch.ones(targets, dtype=torch.float64))
+        self.register_buffer("learned", torch.ones(targets, dtype=torch.bool))
+        self.register_buffer("relative", torch.ones(o))
+        self.register_buffer("_elites", torch.arange(self.num_elites))
+        self.relative[self.absolute] = 0.0
+
+    def _initialise(self, rng: torch.Generator) -> None:
+        for weight in self.weights:
+            std = 1.0 / (2.0 * weight.shape[1] ** 0.5)
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=rng)
+
+    def _inputs(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"]) -> Float[Tensor, "b i"]:
+        """Return raw features: observation with angles as cosine and sine, then the action."""
+        if not self.angles:
+            return torch.cat([obs, action], dim=1)
+        plain = [column for column in range(obs.shape[1]) if column not in self.angles]
+        angle = obs[:, self.angles]
+        return torch.cat([obs[:, plain], angle.cos(), angle.sin(), action], dim=1)
+
+    def _targets(self, data: Transitions) -> Float[Tensor, "n q"]:
+        change = data.next_obs - self.relative * data.obs
+        return torch.cat([change, data.reward[:, None]], dim=1) if self.learn_reward else change
+
+    def _standardised(self, obs: Tensor, action: Tensor) -> Tensor:
+        return (self._inputs(obs, action) - self.input_mean.float()) / self.input_std.float()
+
+    def _networks(self, x: Float[Tensor, "e b i"]) -> _Heads:
+        last = len(self.weights) - 1
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x, weight)
+            if layer < last:
+                x = silu(x)
+        return self._heads(x)
+
+    def _heads(self, out: Float[Tensor, "*e b w"]) -> _Heads:
+        q = len(self.max_logvar)
+        logvar = self.max_logvar - softplus(self.max_logvar - out[..., q : 2 * q])
+        logvar = self.min_logvar + softplus(logvar - self.min_logvar)
+        return _Heads(out[..., :q], logvar, out[..., -1] if self.learn_termination else None)
+
+    def _in_units(self, heads: _Heads) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the targets in environment units; constant columns are exact."""
+        scale, shift = self.target_std.float(), self.target_mean.float()
+        mean = torch.where(self.learned, heads.mean * scale + shift, shift)
+        std = torch.where(self.learned, (0.5 * heads.logvar).exp() * scale, _CONSTANT_STD)
+        return mean, std
+
+    def predict(
+        self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Float[Tensor, "b m"] | None = None
+    ) -> Prediction:
+        """Ask every member. Means and standard deviations come in environment units.
+
+        Raises:
+            ValueError: the ensemble has not been fitted.
+        """
+        self._require_fitted()
+        x = self._standardised(obs, action)
+        heads = self._networks(x.expand(self.num_members, -1, -1))
+        mean, std = self._in_units(heads)
+        o = obs.shape[1]
+        return Prediction(
+            mean=mean[..., :o] + self.relative * obs,
+            std=std[..., :o],
+            elites=self.elites,
+            reward_mean=mean[..., o] if self.learn_reward else None,
+            reward_std=std[..., o] if self.learn_reward else None,
+            terminated=None if heads.ended is None else heads.ended.sigmoid(),
+            memory=memory,
+        )
+
+    def sample(
+        self,
+        obs: Float[Tensor, "b o"],
+        action: Float[Tensor, "b a"],
+        member: Int[Tensor, " b"],
+        rng: torch.Generator,
+        memory: Float[Tensor, "b m"] | None = None,
+        *,
+        noise: bool = True,
+    ) -> Outcome:
+        """Ask one member per row. Without noise: the member's mean, and termination where its probability is above 1/2.
+
+        Raises:
+            ValueError: the ensemble has not been fitted.
+        """
+        self._require_fitted()
+        order = member.argsort()
+        sizes = torch.bincount(member, minlength=self.num_members).tolist()
+        groups = self._standardised(obs, action)[order].split(sizes)
+        out = torch.cat([self._one_network(index, x) for index, x in enumerate(groups) if len(x)])
+        heads = self._heads(torch.empty_like(out).index_copy(0, order, out))
+        mean, std = self._in_units(heads)
+        if noise:
+            mean = mean + std * torch.randn(mean.shape, generator=rng, device=mean.device)
+        ended = None
+        if heads.ended is not None:
+            probability = heads.ended.sigmoid()
+            bar = torch.rand(len(obs), generator=rng, device=obs.device) if noise else 0.5
+            ended = probability > bar
+        o = obs.shape[1]
+        reward = mean[:, o] if self.learn_reward else None
+        return Outcome(mean[:, :o] + self.relative * obs, reward, ended, memory)
+
+    def _one_network(self, index: int, x: Float[Tensor, "b i"]) -> Float[Tensor, "b w"]:
+        last = len(self.weights) - 1
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.addmm(bias[index], x, weight[index])
+            if layer < last:
+                x = silu(x)
+        return x
+
+    def fit(self, data: Transitions, *, rng: torch.Generator, progress: bool = False) -> FitReport:
+        """Train on all rows of ``data``, from the weights at hand or, the first time, from fresh ones.
+
+        Args:
+            data: at least two rows; moved to this model's device.
+            rng: on this model's device; the same seed and data give the same weights on one machine.
+            progress: show a bar with epoch, hold-out error and likelihood.
+
+        Returns:
+            Epochs, seconds, per-epoch history, and of the elites: ``holdout_mse`` (in the units of the targets, scaled
+            if ``scale_targets``), ``holdout_nll`` (nats per target), ``train_rows``, ``holdout_rows``.
+
+        Raises:
+            DataError: too few rows, NaN or infinite rows, or only constant columns.
+            ValueError: the data has other spaces than the model.
+            FloatingPointError: the loss became NaN; the weights before this fit are restored.
+        """
+        started = time.perf_counter()
+        data.check()
+        if len(data) < 2:
+            raise DataError(f"fit needs at least 2 transitions (one to train on, one to hold out), got {len(data)}")
+        fresh = self.spaces is None
+        self.check_spaces(data)
+        if fresh:
+            self._initialise(rng)
+        data = data.to(self.max_logvar.device)
+        shuffled = torch.randperm(len(data), generator=rng, device=data.device)
+        held = max(1, min(int(self.holdout_ratio * len(data)), self.holdout_max))
+        before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        self._standardise(data[shuffled[held:]])
+        train, test = self._pack(data[shuffled[held:]]), self._pack(data[shuffled[:held]])
+        try:
+            history = self._train(train, test, rng, progress)
+        except FloatingPointError:
+            self.load_state_dict(before)
+            raise
+        with torch.no_grad():
+            errors, likelihood = self._holdout(test)
+        self._elites.copy_(errors.argsort()[: self.num_elites])
+        metrics = {
+            "holdout_mse": float(errors[self.elites].mean()),
+            "holdout_nll": float(likelihood[self.elites].mean()),
+            "train_rows": float(len(data) - held),
+            "holdout_rows": float(held),
+        }
+        return FitReport(len(history), time.perf_counter() - started, metrics, history)
+
+    def _standardise(self, data: Transitions) -> None:
+        inputs, targets = self._inputs(data.obs, data.action).double(), self._targets(data).double()
+        self.input_mean.copy_(inputs.mean(dim=0))
+        self.input_std.copy_(_nonzero(inputs.std(dim=0, correction=0)))
+        span = targets.amax(dim=0) - targets.amin(dim=0)
+        self.learned.copy_(span > _CONSTANT_RANGE)
+        if not self.learned.any():
+            raise DataError("every observation column is constant in this data: there is nothing to learn")
+        mean, std = targets.mean(dim=0), _nonzero(targets.std(dim=0, correction=0))
+        unscaled = self.learned & (not self.scale_targets)
+        self.target_mean.copy_(torch.where(unscaled, 0.0, mean))
+        self.target_std.copy_(torch.where(unscaled, 1.0, std))
+
+    def _pack(self, data: Transitions) -> Float[Tensor, "n w"]:
+        """Return [standardised inputs | scaled targets | terminated], so that a batch is one gather."""
+        targets = (self._targets(data) - self.target_mean.float()) / self.target_std.float()
+        ended = data.terminated.float()[:, None]
+        return torch.cat([self._standardised(data.obs, data.action), targets, ended], dim=1)
+
+    def _train(self, train: Tensor, test: Tensor, rng: torch.Generator, progress: bool) -> list[dict[str, float]]:
+        groups: list[dict[str, Any]] = [
+            {"params": [weight], "weight_decay": decay}
+            for weight, decay in zip(self.weights, self.weight_decay, strict=True)
+        ]
+        groups.append({"params": [*self.biases, self.max_logvar, self.min_logvar]})
+        optimizer = torch.optim.Adam(groups, lr=self.learning_rate, fused=True)
+        rows, device = len(train), train.device
+        if self.bootstrap:
+            index = torch.randint(rows, (self.num_members, rows), generator=rng, device=device)
+        else:
+            index = torch.arange(rows, device=device).expand(self.num_members, -1)
+        with torch.no_grad():
+            best = self._holdout(test)[0]
+        kept = [tensor.detach().clone() for tensor in self._member_tensors()]
+        history: list[dict[str, float]] = []
+        stale = 0
+        with tqdm(desc="fit ensemble", unit="epoch", disable=not progress, leave=False) as bar:
+            while stale <= self.patience and (self.max_epochs is None or len(history) < self.max_epochs):
+                index = self._shuffled(index, rng)
+                loss = torch.zeros((), device=device)
+                for batch in index.split(self.batch_size, dim=1):
+                    optimizer.zero_grad(set_to_none=True)
+                    value = self._loss(train[batch])
+                    value.backward()
+                    optimizer.step()
+                    loss += value.detach() * (batch.shape[1] / rows)
+                with torch.no_grad():
+                    errors, likelihood = self._holdout(test)
+                if not bool(loss.isfinite() & errors.isfinite().all()):
+                    raise FloatingPointError(
+                        f"training diverged in epoch {len(history) + 1} (loss {float(loss)}): lower learning_rate "
+                        f"(now {self.learning_rate}) or set scale_targets=True; the weights before fit are kept"
+                    )
+                better = (best - errors) / best.clamp_min(1e-30) > self.improvement
+                best = torch.where(better, errors, best)
+                for tensor, good in zip(self._member_tensors(), kept, strict=True):
+                    good[better] = tensor.detach()[better]
+                stale = 0 if bool(better.any()) else stale + 1
+                entry = {"loss": float(loss), "holdout_mse": float(errors.mean()), "nll": float(likelihood.mean())}
+                history.append(entry)
+                bar.update()
+                bar.set_postfix(entry)
+        with torch.no_grad():
+            for tensor, good in zip(self._member_tensors(), kept, strict=True):
+                tensor.copy_(good)
+        return history
+
+    def _shuffled(self, index: Int[Tensor, "e n"], rng: torch.Generator) -> Int[Tensor, "e n"]:
+        if not self.bootstrap:
+            return index[:, torch.randperm(index.shape[1], generator=rng, device=index.device)]
+        return index.gather(1, torch.rand(index.shape, generator=rng, device=index.device).argsort(dim=1))
+
+    def _loss(self, batch: Float[Tensor, "e b w"]) -> Float[Tensor, ""]:
+        """Mean over rows and targets, sum over members, plus the penalty that keeps the variance bounds tight."""
+        x, target, ended = self._unpack(batch)
+        heads = self._networks(x)
+        inverse = (-heads.logvar).exp()
+        nll = ((heads.mean - target).square() * inverse + heads.logvar) * self.learned
+        loss = nll.sum(dim=2).mean(dim=1).sum() / self.learned.sum()
+        loss = loss + 0.01 * ((self.max_logvar - self.min_logvar) * self.learned).sum()
+        if heads.ended is not None:
+            entropy = binary_cross_entropy_with_logits(heads.ended, ended, reduction="none")
+            loss = loss + entropy.mean(dim=1).sum()
+        return loss
+
+    def _holdout(self, test: Float[Tensor, "n w"]) -> tuple[Float[Tensor, " e"], Float[Tensor, " e"]]:
+        """Return every member's mean squared error and Gaussian negative log-likelihood on the held-out rows."""
+        x, target, _ = self._unpack(test.expand(self.num_members, -1, -1))
+        heads = self._networks(x)
+        square = (heads.mean - target).square()
+        nll = 0.5 * (square * (-heads.logvar).exp() + heads.logvar + torch.log(torch.tensor(2 * torch.pi)))
+        return tuple(value[..., self.learned].mean(dim=(1, 2)) for value in (square, nll))  # type: ignore[return-value]
+
+    def _unpack(self, batch: Float[Tensor, "e b w"]) -> tuple[Tensor, Tensor, Tensor]:
+        i, q = len(self.input_mean), len(self.max_logvar)
+        return batch[..., :i], batch[..., i : i + q], batch[..., -1]
+
+    def _member_tensors(self) -> list[Tensor]:
+        return [*self.weights, *self.biases]
+
+    def _require_fitted(self) -> None:
+        if self.spaces is None:
+            raise ValueError("this ensemble has not been fitted: call fit(data, rng=...) or ProbabilisticEnsemble.load")
+
+    # Declared for type checkers; `_build` registers them.
+    input_mean: Tensor
+    input_std: Tensor
+    target_mean: Tensor
+    target_std: Tensor
+    learned: Bool[Tensor, " q"]
+    relative: Tensor
+    _elites: Tensor
+
+
+def _nonzero(std: Tensor) -> Tensor:
+    return torch.where(std < 1e-12, 1.0, std)
