@@ -237,6 +237,7 @@ class Dynamics(Protocol):
         ...
 
 
+@runtime_checkable
 class Codec(Protocol):
     """Observation <-> simulator state of a task, batched; ``lost`` says in words what the observation does not hold."""
 
@@ -276,6 +277,7 @@ class Task:
     notes: str = field(default="", compare=False)
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Word for word SB3's ``PolicyPredictor``: every SB3 algorithm is one."""
 
@@ -290,8 +292,12 @@ class Policy(Protocol):
         ...
 
 
-Penalty = Callable[[Float[Tensor, "b o"], Float[Tensor, "b a"], Prediction], Float[Tensor, " b"]]
-"""Uncertainty of (obs, action) from the predictions of every member: larger is less certain."""
+Penalty = Callable[[Float[Tensor, "b o"], Float[Tensor, "b a"], Prediction, State], Float[Tensor, " b"]]
+"""Uncertainty of a step (obs, action, every member's prediction, the state it led to): larger is less certain.
+
+The last argument is the `State` after the step: its ``obs`` is the drawn next observation and its ``member`` the one
+that drew it, which some penalties judge.
+"""
 
 
 def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:

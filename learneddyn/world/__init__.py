@@ -1,10 +1,12 @@
 """A learned model and a task, put together: start, step, rollout, returns."""
 
+from learneddyn.world.penalties import PENALTIES
 from learneddyn.world.sampling import SAMPLERS, Sampler, elite, mean, ts1, tsinf
-from learneddyn.world.trust import Trust, all_trusted, penalty_below, within_data
+from learneddyn.world.trust import Trust, all_trusted, penalty_below, within_box, within_data
 from learneddyn.world.world import World
 
 __all__ = [
+    "PENALTIES",
     "SAMPLERS",
     "Sampler",
     "Trust",
@@ -15,5 +17,6 @@ __all__ = [
     "penalty_below",
     "ts1",
     "tsinf",
+    "within_box",
     "within_data",
 ]

@@ -1,4 +1,4 @@
-"""Where a world stops believing its model. A Trust judges a finished step, row by row.
+"""Where a world stops believing its model. A Trust judges a finished step (state before, action, state after) by row.
 
 Rows it rejects stop in rollouts and are truncated in environments. A World rejects non-finite rows by itself.
 """
@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from learneddyn.core import Dynamics, Penalty, Transitions
+from learneddyn.core import Dynamics, Penalty, State, Transitions
 
-Trust = Callable[[Float[Tensor, "b o"], Float[Tensor, "b a"], Float[Tensor, "b o"]], Bool[Tensor, " b"]]
+Trust = Callable[[State, Float[Tensor, "b a"], State], Bool[Tensor, " b"]]
 
 
-def all_trusted(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+def all_trusted(state: State, action: Tensor, after: State) -> Tensor:
     """Trust every row."""
-    return torch.ones(len(obs), dtype=torch.bool, device=obs.device)
+    return torch.ones(len(state.obs), dtype=torch.bool, device=state.obs.device)
 
 
 def within_data(data: Transitions, margin: float = 0.5) -> Trust:
@@ -36,16 +36,22 @@ def within_box(low: Float[Tensor, " o"], high: Float[Tensor, " o"], margin: floa
     slack = (margin * (high - low)).clamp_min(1e-4)
     floor, ceiling = low - slack, high + slack
 
-    def trust(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
-        return ((next_obs >= floor) & (next_obs <= ceiling)).all(dim=1)
+    def trust(state: State, action: Tensor, after: State) -> Tensor:
+        return ((after.obs >= floor) & (after.obs <= ceiling)).all(dim=1)
 
     return trust
 
 
 def penalty_below(dynamics: Dynamics, penalty: Penalty, threshold: float) -> Trust:
-    """Trust rows whose uncertainty ``penalty(obs, action, prediction)`` is at most ``threshold``; asks every member."""
+    """Trust rows whose uncertainty ``penalty(obs, action, prediction, after)`` is at most ``threshold``.
 
-    def trust(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
-        return penalty(obs, action, dynamics.predict(obs, action)) <= threshold
+    Every member is asked once more at every step. With `penalties.max_pairwise_diff` and a threshold taken from the
+    data this is the unknown-state detector of Kidambi et al., "MOReL: Model-Based Offline Reinforcement
+    Learning", 2020.
+    """
+
+    def trust(state: State, action: Tensor, after: State) -> Tensor:
+        prediction = dynamics.predict(state.obs, action, state.memory)
+        return penalty(state.obs, action, prediction, after) <= threshold
 
     return trust

@@ -1,7 +1,7 @@
 """World: a dynamics model and a task, put together. Everything above (envs, planners, agents) talks to this class."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from learneddyn.core import ActionFn, Dynamics, Outcome, Penalty, State, Step, Task, Transitions
@@ -13,7 +13,7 @@ class World:
     """Simulate a task inside a dynamics model, many lanes at once, on the model's device.
 
     Reward and termination come from the task where it knows them, otherwise from the model's heads. With a penalty,
-    the reward is ``reward - penalty_weight * penalty(obs, action, prediction)``, and every member is asked.
+    the reward is ``reward - penalty_weight * penalty(obs, action, prediction, after)``, and every member is asked.
 
     Args:
         dynamics: a fitted model, or the truth (`learneddyn.world.truth`).
@@ -81,17 +81,8 @@ class World:
         Raises:
             ValueError: neither the task nor the model answers reward or termination.
         """
-        after, outcome = self.sampler(state, action, self.dynamics, rng)
-        reward = self._reward(state.obs, action, outcome)
-        if self.penalty is not None:
-            prediction = self.dynamics.predict(state.obs, action, state.memory)
-            reward = reward - self.penalty_weight * self.penalty(state.obs, action, prediction)
-        finite = outcome.next_obs.isfinite().all(dim=1) & reward.isfinite()
-        next_obs = torch.where(finite[:, None], outcome.next_obs, state.obs)
-        reward = torch.where(finite, reward, torch.zeros_like(reward))
-        terminated = self._terminated(next_obs, outcome) & finite
-        trusted = self.trust(state.obs, action, next_obs) & finite
-        return after._replace(obs=next_obs), Step(reward, terminated, trusted)
+        after, step, _ = self._advance(state, action, rng)
+        return after, step
 
     @torch.no_grad()
     def rollout(self, obs: Float[Tensor, "b o"], policy: ActionFn, horizon: int, rng: torch.Generator) -> Transitions:
@@ -133,8 +124,19 @@ class World:
     ) -> Float[Tensor, "b s"]:
         """Return the mean undiscounted return of every action plan over ``particles`` imagined futures.
 
-        A particle collects no reward after a terminated or untrusted step. Non-finite returns come out as -inf.
+        A particle collects no reward from an untrusted step, nor after a terminated or untrusted one. A plan that
+        drives a living particle to a non-finite observation or reward returns -inf: a broken model must not look good.
+
+        Raises:
+            ValueError: plans that are not ``[b, s, h, a]`` of these lanes and this action space, or no particles.
         """
+        if plans.ndim != 4 or len(plans) != len(obs) or plans.shape[3] != self.spaces.action_dim:
+            raise ValueError(
+                f"plans must have shape ({len(obs)} lanes, candidates, horizon, {self.spaces.action_dim}), "
+                f"got {tuple(plans.shape)}"
+            )
+        if particles < 1:
+            raise ValueError(f"particles must be at least 1, got {particles}")
         lanes, candidates, horizon, width = plans.shape
         rows = lanes * candidates * particles
         state = self.start(obs[:, None, None].expand(-1, candidates, particles, -1).reshape(rows, -1), rng)
@@ -142,12 +144,28 @@ class World:
         alive = torch.ones(rows, dtype=torch.bool, device=obs.device)
         for t in range(horizon):
             action = plans[:, :, t, None].expand(-1, -1, particles, -1).reshape(rows, width)
-            state, step = self.step(state, action, rng)
+            state, step, finite = self._advance(state, action, rng)
+            total = torch.where(alive & ~finite, -torch.inf, total)
             alive = alive & step.trusted
             total = total + step.reward * alive
             alive = alive & ~step.terminated
-        mean = total.reshape(lanes, candidates, particles).mean(dim=2)
-        return torch.where(mean.isfinite(), mean, torch.full_like(mean, -torch.inf))
+        return total.reshape(lanes, candidates, particles).mean(dim=2)
+
+    def _advance(
+        self, state: State, action: Float[Tensor, "b a"], rng: torch.Generator
+    ) -> tuple[State, Step, Bool[Tensor, " b"]]:
+        """Advance every lane; the last value says which rows came out finite."""
+        after, outcome = self.sampler(state, action, self.dynamics, rng)
+        reward = self._reward(state.obs, action, outcome)
+        if self.penalty is not None:
+            prediction = self.dynamics.predict(state.obs, action, state.memory)
+            reward = reward - self.penalty_weight * self.penalty(state.obs, action, prediction, after)
+        finite = outcome.next_obs.isfinite().all(dim=1) & reward.isfinite()
+        after = after._replace(obs=torch.where(finite[:, None], outcome.next_obs, state.obs))
+        reward = torch.where(finite, reward, torch.zeros_like(reward))
+        terminated = self._terminated(after.obs, outcome) & finite
+        trusted = self.trust(state, action, after) & finite
+        return after, Step(reward, terminated, trusted), finite
 
     def _reward(self, obs: Tensor, action: Tensor, outcome: Outcome) -> Tensor:
         if self.task.reward is not None:
