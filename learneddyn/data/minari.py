@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
 from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_dataset import DATASET_ID_RE
 from minari.dataset.minari_storage import METADATA_FILE_NAME, MinariStorage
 from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage import get_dataset_path
@@ -149,7 +150,8 @@ def check_free(dataset_id: str, *, overwrite: bool = False) -> Path:
 
 
 def _folder(dataset_id: str) -> Path:
-    if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", dataset_id):
+    match = DATASET_ID_RE.fullmatch(dataset_id)
+    if match is None or match["version"] is None:
         raise ValueError(
             f"a Minari id has the form (namespace/)name-v0, for example 'mine/hopper-v0', got '{dataset_id}'"
         )
