@@ -1,4 +1,4 @@
-"""What is asked of an agent in a real environment: reward, termination, start states, and the way back to the simulator.
+"""What is asked of an agent in a real environment: reward, termination, start states, the way back to the simulator.
 
 One file per environment, its columns, units and formulas in the docstring. `get` finds a task by the exact Gymnasium
 id; nothing here creates a simulator until a task that needs one draws its start states.

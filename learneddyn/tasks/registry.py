@@ -1,4 +1,4 @@
-"""The tasks by exact environment id: built-in ones are imported when asked for, others are registered by their owners."""
+"""The tasks by exact environment id: built-in ones are imported when asked for, others registered by their owners."""
 
 import difflib
 from importlib import import_module
@@ -40,8 +40,9 @@ def get(real_id: str) -> Task:
     if real_id in _BUILT_IN:
         return cast(Task, import_module(f"learneddyn.tasks.{_BUILT_IN[real_id]}").TASK)
     near = difflib.get_close_matches(real_id, names(), n=1, cutoff=0.8)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise UnknownTask(
-        f"no task is known for environment {real_id!r}{f' (did you mean {near[0]!r}?)' if near else ''}. Three ways out: "
+        f"no task is known for environment {real_id!r}{hint}. Three ways out: "
         f"1. give the functions: learneddyn.core.Task({real_id!r}, reward=..., terminated=..., initial=...); "
         f"2. let the model learn them: Task({real_id!r}) with a model fitted with learn_reward=True and "
         "learn_termination=True; "
