@@ -1,0 +1,283 @@
+"""Many lanes of a World as one native Gymnasium VectorEnv: all lanes share every model call."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from learneddyn.core import State, Step, generator
+from learneddyn.envs.interface import Interface, row
+from learneddyn.envs.learned import LearnedEnv, checked_horizon, checked_render_mode, real_render_fps
+from learneddyn.envs.start import Start, start_states
+from learneddyn.envs.worlds import load_world
+from learneddyn.world import World
+
+if TYPE_CHECKING:
+    from learneddyn.world.draw import StateArtist
+
+
+class LearnedVectorEnv(VectorEnv[Any, Any, Any]):
+    """``num_envs`` lanes of a World, with the autoreset semantics and infos of Gymnasium's SyncVectorEnv.
+
+    Lanes are independent: what one lane does, and when it ends, changes nothing in another lane, because start states
+    and the model's noise come from two random streams. The same seed and actions give the same episodes. (The seed
+    belongs to the batch: lane i is not what a single LearnedEnv with seed + i would be.)
+
+    ``reset(options=...)`` takes ``obs`` (a batch of observations to start from) and ``reset_mask`` (bool array, the
+    lanes to reset). Infos are empty unless a lane was truncated (``trusted`` tells the horizon from distrust) or, in
+    SAME_STEP mode, ended (``final_obs``, ``final_info``).
+
+    Args:
+        world: what to step.
+        num_envs: lanes, any number from 1.
+        horizon: steps until truncation; None takes the task's time limit, or 1000 where it has none.
+        start: where episodes begin, see `learneddyn.envs.start`.
+        autoreset_mode: NEXT_STEP, SAME_STEP or DISABLED (``"NextStep"``, ``"SameStep"``, ``"Disabled"``).
+        output: ``"numpy"``, or ``"torch"`` for tensors on the world's device: observations and rewards float32,
+            ``final_obs`` the batch of all lanes before the reset. Needs Box observations.
+        render_mode: None, or ``"rgb_array"`` for one frame per lane.
+        width: of a frame, pixels.
+        height: of a frame, pixels.
+
+    Raises:
+        ValueError: no lanes, horizon below 1, unknown mode or output, or start states that do not fit the world.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        num_envs: int = 1,
+        *,
+        horizon: int | None = None,
+        start: Start = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        output: Literal["numpy", "torch"] = "numpy",
+        render_mode: str | None = None,
+        width: int = 480,
+        height: int = 480,
+    ) -> None:
+        self.world, self.num_envs = world, num_envs
+        self._device = world.dynamics.elites.device
+        self._interface = Interface(world.spaces, num_envs, self._device)
+        self.horizon = checked_horizon(horizon, world)
+        self._initial = start_states(start, world)
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.render_mode = checked_render_mode(render_mode)
+        fps = LearnedEnv.metadata["render_fps"] if render_mode is None else real_render_fps(world.task.real_id)
+        self.metadata = LearnedEnv.metadata | {"render_fps": fps, "autoreset_mode": self.autoreset_mode}
+        self.single_observation_space, self.single_action_space = world.spaces
+        self.observation_space = batch_space(world.spaces.observation, num_envs)
+        self.action_space = batch_space(world.spaces.action, num_envs)
+        if output not in ("numpy", "torch"):
+            raise ValueError(f"output must be 'numpy' or 'torch', got {output!r}")
+        if output == "torch" and not isinstance(world.spaces.observation, gym.spaces.Box):
+            raise ValueError(f"output='torch' needs a Box observation space, got {world.spaces.observation}")
+        self.output = output
+        self._size = (width, height)
+        self._artist: StateArtist | None = None
+        self._start_rng: torch.Generator | None = None
+        self._noise_rng: torch.Generator | None = None
+        self._state: State | None = None
+        # A lane is truncated when the clock reaches its deadline: no counter per lane has to be advanced per step.
+        self._clock = 0
+        self._deadline = np.zeros(num_envs, np.int64)
+        self._next_deadline = 0
+        self._ended = np.zeros(num_envs, np.bool_)
+        self._any_ended = False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin episodes in all lanes, or in those of ``options["reset_mask"]``.
+
+        Raises:
+            ValueError, TypeError: ``obs`` or ``reset_mask`` do not fit the lanes.
+            gymnasium.error.ResetNeeded: a mask was given before the first full reset.
+        """
+        super().reset(seed=seed)
+        if self._start_rng is None or seed is not None:
+            seeds = self.np_random.integers(2**62, size=2)
+            self._start_rng, self._noise_rng = (generator(int(value), self._device) for value in seeds)
+        options = options or {}
+        obs = self._interface.start_to_world(options["obs"]) if "obs" in options else None
+        if "reset_mask" in options:
+            mask = _checked_mask(options["reset_mask"], self.num_envs)
+            if self._state is None:
+                raise gym.error.ResetNeeded("the first reset must reset all lanes: leave out options['reset_mask']")
+            lanes = np.flatnonzero(mask)
+            self._restart(self._state, lanes, None if obs is None else obs[torch.from_numpy(lanes).to(self._device)])
+            self._note_ended(self._ended & ~mask)
+        else:
+            if obs is None:
+                obs = self._initial(self.num_envs, self._start_rng)
+            self._state = self.world.start(obs.clone(), self._start_rng)
+            self._clock, self._next_deadline = 0, self.horizon
+            self._deadline[:] = self.horizon
+            self._note_ended(np.zeros(self.num_envs, np.bool_))
+        return self._observations(self._state), {}
+
+    @torch.no_grad()
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Advance every lane; lanes that ended are restarted as the autoreset mode says.
+
+        Actions of lanes that only restart (NEXT_STEP) must be valid too, but have no effect.
+
+        Raises:
+            InvalidAction: wrong shape, NaN, or out of bounds.
+            gymnasium.error.ResetNeeded: before the first reset, or (DISABLED) an ended lane was not reset.
+        """
+        if self._state is None or self._noise_rng is None:
+            raise gym.error.ResetNeeded("call reset() before the first step")
+        if self._any_ended and self.autoreset_mode is AutoresetMode.DISABLED:
+            lanes = np.flatnonzero(self._ended).tolist()
+            raise gym.error.ResetNeeded(f"lanes {lanes} have ended: reset them with options={{'reset_mask': mask}}")
+        state, step = self.world.step(self._state, self._interface.to_world(actions), self._noise_rng)
+        self._state = state = state._replace(obs=self._interface.confine(state.obs))
+        self._clock += 1
+        if (
+            not self._any_ended
+            and self._clock < self._next_deadline
+            and not bool((step.terminated | ~step.trusted).any())
+        ):
+            return (*self._output(state, step, torch.zeros_like(step.terminated)), {})
+        return self._step_with_ends(state, step)
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """Return one frame per lane, uint8 ``[height, width, 3]``, or None without a render mode.
+
+        Raises:
+            gymnasium.error.ResetNeeded: there is nothing to draw before the first reset.
+        """
+        if self.render_mode is None:
+            return None
+        if self._state is None:
+            raise gym.error.ResetNeeded("there is no state to draw: call reset() first")
+        if self._artist is None:
+            from learneddyn.world.draw import StateArtist
+
+            self._artist = StateArtist(self.world.task, *self._size)
+        return tuple(self._artist.frame(obs) for obs in self._state.obs)
+
+    def _step_with_ends(self, state: State, step: Step) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Finish a step in which some lane ends, or restarts after having ended in the step before (NEXT_STEP)."""
+        if self._any_ended:
+            self._restart(state, np.flatnonzero(self._ended), None)
+            restarted = torch.from_numpy(self._ended).to(self._device)
+            step = Step(step.reward.masked_fill(restarted, 0.0), step.terminated & ~restarted, step.trusted | restarted)
+        due = torch.from_numpy(self._clock >= self._deadline).to(self._device)
+        truncated = due | ~step.trusted
+        infos = self._truncation_infos(step, truncated)
+        ended = (step.terminated | truncated).cpu().numpy()
+        if self.autoreset_mode is AutoresetMode.SAME_STEP:
+            lanes = np.flatnonzero(ended)
+            if len(lanes):
+                infos = self._final_infos(state, ended, lanes, infos)
+                self._restart(state, lanes, None)
+        else:
+            self._note_ended(ended)
+        return (*self._output(state, step, truncated), infos)
+
+    def _restart(self, state: State, lanes: np.ndarray, obs: Tensor | None) -> None:
+        """Put ``lanes`` at the start of an episode, in place. Fresh memory is ``dynamics.begin(obs)``, else zeros."""
+        assert self._start_rng is not None
+        if len(lanes) == 0:
+            return
+        if obs is None:
+            obs = self._initial(len(lanes), self._start_rng)
+        rows = torch.from_numpy(lanes).to(self._device)
+        fresh = self.world.start(obs, self._start_rng)
+        state.obs[rows] = fresh.obs
+        state.member[rows] = fresh.member
+        if state.memory is not None:
+            begin = getattr(self.world.dynamics, "begin", None)
+            state.memory[rows] = 0.0 if begin is None else begin(fresh.obs)
+        self._deadline[lanes] = self._clock + self.horizon
+        self._next_deadline = int(self._deadline.min())
+
+    def _note_ended(self, ended: np.ndarray) -> None:
+        self._ended, self._any_ended = ended, bool(ended.any())
+
+    def _truncation_infos(self, step: Step, truncated: Tensor) -> dict[str, Any]:
+        if not bool(truncated.any()):
+            return {}
+        return {"trusted": self._give(step.trusted & truncated), "_trusted": self._give(truncated.clone())}
+
+    def _final_infos(self, state: State, ended: np.ndarray, lanes: np.ndarray, infos: dict[str, Any]) -> dict[str, Any]:
+        final_obs = self._observations(state)
+        mask = ended if self.output == "numpy" else torch.from_numpy(ended).to(self._device)
+        if self.output == "numpy":
+            batch, final_obs = final_obs, np.full(self.num_envs, None, dtype=object)
+            for lane in lanes:
+                final_obs[lane] = row(self.single_observation_space, batch, lane)
+        return {"final_obs": final_obs, "_final_obs": mask, "final_info": infos, "_final_info": mask}
+
+    def _output(self, state: State, step: Step, truncated: Tensor) -> tuple[Any, Any, Any, Any]:
+        reward = step.reward if self.output == "torch" else step.reward.cpu().numpy().astype(np.float64)
+        return self._observations(state), reward, self._give(step.terminated), self._give(truncated)
+
+    def _observations(self, state: State) -> Any:
+        if self.output == "numpy":
+            return self._interface.to_agent(state.obs)
+        return state.obs.clone().reshape(self.num_envs, *self.single_observation_space.shape)  # type: ignore[misc]
+
+    def _give(self, flags: Tensor) -> Any:
+        return flags.cpu().numpy() if self.output == "numpy" else flags
+
+
+def make_vector_env(
+    num_envs: int = 1,
+    world: str = "inverted-pendulum",
+    *,
+    horizon: int | None = None,
+    max_episode_steps: int | None = None,
+    start: str | None = None,
+    autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+    output: Literal["numpy", "torch"] = "numpy",
+    render_mode: str | None = None,
+    width: int = 480,
+    height: int = 480,
+    device: str = "cpu",
+) -> LearnedVectorEnv:
+    """Return the environment that ``gym.make_vec("LearnedDyn-v0", num_envs=...)`` makes.
+
+    Args:
+        num_envs: lanes.
+        world: a shipped world's name, a folder that `learneddyn.envs.worlds.save_world` wrote, or ``"truth:<id>"``.
+        horizon: steps until truncation; None takes the one saved with the world.
+        max_episode_steps: Gymnasium's name for a limit on top of the horizon.
+        start: ``"task"``, ``"saved"`` (the table saved with the world), or None: saved where there is one, else task.
+        autoreset_mode: see `LearnedVectorEnv`.
+        output: ``"numpy"`` or ``"torch"``.
+        render_mode: None or ``"rgb_array"``.
+        width: of a frame, pixels.
+        height: of a frame, pixels.
+        device: where to compute.
+
+    Raises:
+        WorldFileError: no such world, or one that cannot be read.
+    """
+    loaded = load_world(world, device)
+    limits = [
+        limit for limit in (loaded.horizon if horizon is None else horizon, max_episode_steps) if limit is not None
+    ]
+    return LearnedVectorEnv(
+        loaded.world,
+        num_envs,
+        horizon=min(limits),
+        start=loaded.starts(start),
+        autoreset_mode=autoreset_mode,
+        output=output,
+        render_mode=render_mode,
+        width=width,
+        height=height,
+    )
+
+
+def _checked_mask(mask: Any, lanes: int) -> np.ndarray:
+    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
+        raise TypeError(f"options['reset_mask'] must be a NumPy array of bool, got {type(mask).__name__} {mask!r}")
+    if mask.shape != (lanes,) or not mask.any():
+        raise ValueError(f"options['reset_mask'] must have shape ({lanes},) and mark at least one lane, got {mask}")
+    return mask
