@@ -239,15 +239,26 @@ class Dynamics(Protocol):
 
 @runtime_checkable
 class Codec(Protocol):
-    """Observation <-> simulator state of a task, batched; ``lost`` says in words what the observation does not hold."""
+    """Observation <-> simulator state of a task, batched.
+
+    ``lost`` says in words what the observation does not hold; ``exact`` lists the observation columns that are functions
+    of ``qpos`` and ``qvel`` as they stand, so that `from_simulator` gives them as the environment does.
+    """
 
     lost: str
+
+    @property
+    def exact(self) -> tuple[int, ...]:
+        """Columns that `from_simulator` gives as the environment does."""
+        ...
 
     def to_simulator(self, obs: Float[Tensor, "b o"]) -> tuple[np.ndarray, np.ndarray]:
         """Return ``qpos [b, nq]`` and ``qvel [b, nv]``, float64, with neutral values where the obs holds nothing."""
         ...
 
-    def from_simulator(self, qpos: np.ndarray, qvel: np.ndarray) -> Float[Tensor, "b o"] | None:
+    def from_simulator(
+        self, qpos: np.ndarray, qvel: np.ndarray, *, dtype: torch.dtype = torch.float32
+    ) -> Float[Tensor, "b o"] | None:
         """Return the observation of a simulator state, or None where it needs more than ``qpos`` and ``qvel``."""
         ...
 

@@ -55,7 +55,7 @@ class InvertedDoublePendulumCodec:
         array = rows("InvertedDoublePendulum-v5", obs, 9)
         return np.concatenate([array[:, :1], np.arctan2(array[:, 1:3], array[:, 3:5])], axis=1), array[:, 5:8].copy()
 
-    def from_simulator(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
+    def from_simulator(self, qpos: np.ndarray, qvel: np.ndarray, *, dtype: torch.dtype = torch.float32) -> None:
         """Return None: the end stop's force needs the action too."""
         return None
 
