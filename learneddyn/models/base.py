@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,7 @@ from learneddyn.files import replaced_folder, surviving_folder, write_file
 from learneddyn.spaces import Spaces
 
 FORMAT = 1
+Model = TypeVar("Model", bound="AbstractDynamics")
 
 
 class ModelFileError(ValueError):
@@ -118,7 +119,7 @@ class AbstractDynamics(nn.Module, ABC):
             write_file(fresh / "model.json", json.dumps(card, indent=2).encode())
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
+    def load(cls: type[Model], folder: str | Path, device: torch.device | str = "cpu") -> Model:
         """Read a folder written by `save`; ``AbstractDynamics.load`` returns whatever class the folder holds.
 
         Raises:
