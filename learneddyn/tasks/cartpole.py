@@ -51,7 +51,7 @@ class CartPoleCodec:
     lost = "nothing"
     exact = (0, 1, 2, 3)
 
-    def to_simulator(self, obs: Float[Tensor, "b 4"]) -> tuple[np.ndarray, np.ndarray]:
+    def to_simulator(self, obs: Float[Tensor, "b o"]) -> tuple[np.ndarray, np.ndarray]:
         """Return ``qpos [b, 2]`` and ``qvel [b, 2]``.
 
         Raises:

@@ -46,7 +46,7 @@ class InvertedDoublePendulumCodec:
     )
     exact = tuple(range(8))
 
-    def to_simulator(self, obs: Float[Tensor, "b 9"]) -> tuple[np.ndarray, np.ndarray]:
+    def to_simulator(self, obs: Float[Tensor, "b o"]) -> tuple[np.ndarray, np.ndarray]:
         """Return ``qpos [b, 3]`` and ``qvel [b, 3]``.
 
         Raises:

@@ -46,7 +46,7 @@ class PendulumCodec:
     lost = "full turns of the pendulum, which change nothing"
     exact = (0, 1, 2)
 
-    def to_simulator(self, obs: Float[Tensor, "b 3"]) -> tuple[np.ndarray, np.ndarray]:
+    def to_simulator(self, obs: Float[Tensor, "b o"]) -> tuple[np.ndarray, np.ndarray]:
         """Return ``qpos [b, 1]`` (angle) and ``qvel [b, 1]`` (angular velocity); cos and sin need not have norm 1.
 
         Raises:

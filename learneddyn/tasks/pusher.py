@@ -64,7 +64,7 @@ class PusherCodec:
     )
     exact = tuple(range(14)) + tuple(range(17, 23))
 
-    def to_simulator(self, obs: Float[Tensor, "b 23"]) -> tuple[np.ndarray, np.ndarray]:
+    def to_simulator(self, obs: Float[Tensor, "b o"]) -> tuple[np.ndarray, np.ndarray]:
         """Return ``qpos [b, 11]`` and ``qvel [b, 11]``; the fingertip and the heights are not needed.
 
         Raises:

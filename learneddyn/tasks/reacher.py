@@ -58,7 +58,7 @@ class ReacherCodec:
     )
     exact = tuple(range(8))
 
-    def to_simulator(self, obs: Float[Tensor, "b 10"]) -> tuple[np.ndarray, np.ndarray]:
+    def to_simulator(self, obs: Float[Tensor, "b o"]) -> tuple[np.ndarray, np.ndarray]:
         """Return ``qpos [b, 4]`` and ``qvel [b, 4]``; the fingertip columns are not needed.
 
         Raises:
