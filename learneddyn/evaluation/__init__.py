@@ -1,5 +1,17 @@
 """The judge: true returns, fidelity of imagination, calibration, and the report that shows them."""
 
+from learneddyn.evaluation.calibration import Calibration, cloud_calibration, one_step_calibration
+from learneddyn.evaluation.fidelity import (
+    Confusion,
+    Fidelity,
+    StepAccuracy,
+    fidelity,
+    fidelity_of_plans,
+    longest_window,
+    open_loop,
+    step_accuracy,
+)
+from learneddyn.evaluation.report import Headline, Round, Verdict, judge, write_report
 from learneddyn.evaluation.returns import (
     Gap,
     Imagined,
@@ -22,20 +34,36 @@ from learneddyn.evaluation.stats import (
 )
 
 __all__ = [
+    "Calibration",
+    "Confusion",
     "Estimate",
+    "Fidelity",
     "Gap",
+    "Headline",
     "Imagined",
     "Mismatch",
     "Returns",
+    "Round",
+    "StepAccuracy",
+    "Verdict",
     "bootstrap_difference",
     "bootstrap_interval",
+    "cloud_calibration",
     "correlation",
     "evaluate",
+    "fidelity",
+    "fidelity_of_plans",
     "imagined",
     "interquartile_mean",
+    "judge",
+    "longest_window",
     "objective_mismatch",
+    "one_step_calibration",
+    "open_loop",
     "probability_of_improvement",
     "real_vs_imagined",
+    "step_accuracy",
     "stratified_interval",
     "unpenalised",
+    "write_report",
 ]

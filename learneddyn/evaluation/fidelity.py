@@ -1,0 +1,414 @@
+"""How far imagination follows the truth: k-step open-loop error, reward error and termination accuracy of a world.
+
+A model is fed the logged (or planned) actions from a true start and never sees the truth again. Its error is set
+against the spread of the data (normalised by the standard deviation per column) and against *persistence*, the
+prediction that nothing changes: where a model is no better than that, its imagination is worth nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from learneddyn.core import Json, Transitions
+from learneddyn.evaluation.returns import unpenalised
+from learneddyn.evaluation.stats import plain
+from learneddyn.world import World
+
+
+class Windows(NamedTuple):
+    """Stretches of logged episodes: row w begins at ``start[w]``; entries where ``alive`` is False are padding."""
+
+    start: Float[Tensor, "w o"]
+    action: Float[Tensor, "w h a"]
+    next_obs: Float[Tensor, "w h o"]
+    reward: Float[Tensor, "w h"]
+    terminated: Bool[Tensor, "w h"]
+    alive: Bool[Tensor, "w h"]
+
+
+class Rollout(NamedTuple):
+    """An open-loop rollout. From the first non-finite step on, observations and rewards are infinite."""
+
+    obs: Float[Tensor, "b h o"]
+    reward: Float[Tensor, "b h"]
+    terminated: Bool[Tensor, "b h"]
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Counts of predicted against true terminations; a share with nothing to count is NaN."""
+
+    true_positive: Int[np.ndarray, "*k"]
+    false_positive: Int[np.ndarray, "*k"]
+    false_negative: Int[np.ndarray, "*k"]
+    true_negative: Int[np.ndarray, "*k"]
+
+    @property
+    def precision(self) -> Float[np.ndarray, "*k"]:
+        """Share of predicted terminations that are true."""
+        return _share(self.true_positive, self.true_positive + self.false_positive)
+
+    @property
+    def recall(self) -> Float[np.ndarray, "*k"]:
+        """Share of true terminations that are predicted."""
+        return _share(self.true_positive, self.true_positive + self.false_negative)
+
+    @property
+    def balanced_accuracy(self) -> Float[np.ndarray, "*k"]:
+        """Mean of the recall of terminations and of survivals."""
+        return (self.recall + _share(self.true_negative, self.true_negative + self.false_positive)) / 2
+
+    def to_json(self) -> Json:
+        """Return a plain dictionary of counts and shares."""
+        counts = {name: value.tolist() for name, value in vars(self).items()}
+        return counts | {name: _plain(getattr(self, name)) for name in ("precision", "recall", "balanced_accuracy")}
+
+
+@dataclass(frozen=True)
+class StepAccuracy:
+    """Reward and termination of a world after one step from logged states.
+
+    ``reward_rmse`` and ``reward_bias`` (imagined minus true) are in reward units, ``reward_scale`` is the standard
+    deviation of the logged reward.
+    """
+
+    rows: int
+    reward_rmse: float
+    reward_bias: float
+    reward_scale: float
+    termination: Confusion
+
+    def to_json(self) -> Json:
+        """Return a plain dictionary."""
+        figures = {name: plain(getattr(self, name)) for name in ("reward_rmse", "reward_bias", "reward_scale")}
+        return {"rows": self.rows} | figures | {"termination": self.termination.to_json()}
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Open-loop error against horizon; index ``[k - 1]`` stands for k steps.
+
+    ``rmse`` and ``persistence`` are root mean squares over windows, in the column's units; infinite where a rollout
+    diverged. ``scale`` is the data's standard deviation per column, zero for a constant one: constant columns have
+    no normalised error (NaN) and do not enter the overall figures. ``windows`` counts the windows behind each horizon.
+    """
+
+    names: tuple[str, ...]
+    scale: Float[np.ndarray, " o"]
+    rmse: Float[np.ndarray, "h o"]
+    persistence: Float[np.ndarray, "h o"]
+    windows: Int[np.ndarray, " h"]
+    reward_rmse: Float[np.ndarray, " h"]
+    reward_scale: float
+    termination: Confusion
+
+    @property
+    def horizon(self) -> int:
+        """Largest number of steps measured."""
+        return len(self.rmse)
+
+    @property
+    def error(self) -> Float[np.ndarray, "h o"]:
+        """Error per column in standard deviations of the data."""
+        return _normalise(self.rmse, self.scale)
+
+    @property
+    def persistence_error(self) -> Float[np.ndarray, "h o"]:
+        """Error of predicting no change, in standard deviations of the data."""
+        return _normalise(self.persistence, self.scale)
+
+    @property
+    def overall(self) -> Float[np.ndarray, " h"]:
+        """Root mean square of `error` over the columns that vary."""
+        return _root_mean(self.error)
+
+    @property
+    def persistence_overall(self) -> Float[np.ndarray, " h"]:
+        """Root mean square of `persistence_error` over the columns that vary."""
+        return _root_mean(self.persistence_error)
+
+    @property
+    def break_even(self) -> tuple[int | None, ...]:
+        """`break_even_horizon` of every column."""
+        return tuple(_first(e >= p) for e, p in zip(self.error.T, self.persistence_error.T, strict=True))
+
+    @property
+    def break_even_horizon(self) -> int | None:
+        """Smallest k whose overall error is at least that of persistence; None if there is none up to `horizon`."""
+        return _first(self.overall >= self.persistence_overall)
+
+    def to_json(self) -> Json:
+        """Return a plain dictionary; undefined and infinite figures become None."""
+        return {
+            "horizon": self.horizon,
+            "names": list(self.names),
+            "scale": self.scale.tolist(),
+            "windows": self.windows.tolist(),
+            "error": _plain(self.error),
+            "persistence_error": _plain(self.persistence_error),
+            "overall": _plain(self.overall),
+            "persistence_overall": _plain(self.persistence_overall),
+            "break_even": list(self.break_even),
+            "break_even_horizon": self.break_even_horizon,
+            "reward_rmse": _plain(self.reward_rmse),
+            "reward_scale": self.reward_scale,
+            "termination": self.termination.to_json(),
+        }
+
+
+def longest_window(data: Transitions) -> int:
+    """Return the number of rows of the longest unbroken stretch of one episode (0 for no data)."""
+    return int(_remaining(data).max()) if len(data) else 0
+
+
+def windows_of(
+    data: Transitions, horizon: int, *, rng: torch.Generator, windows: int = 1000, full: bool = True
+) -> Windows:
+    """Draw stretches of logged episodes, without replacement.
+
+    A stretch is unbroken where the episode stays the same and each ``next_obs`` is the ``obs`` of the following row,
+    so rows dropped from a log are never bridged.
+
+    Args:
+        data: logged experience.
+        horizon: rows of a window.
+        rng: of the draw.
+        windows: at most so many.
+        full: only windows of the whole length. Otherwise every row may begin one, and windows reach to the end of
+            their episode: that keeps the rows before terminations, and the windows behind large horizons become fewer.
+
+    Raises:
+        ValueError: horizon or windows below 1, or no stretch as long as the horizon.
+        DataError: no rows, or NaN or infinite entries.
+    """
+    if horizon < 1 or windows < 1:
+        raise ValueError(f"horizon and windows must be at least 1, got horizon={horizon}, windows={windows}")
+    remaining = _remaining(data.check())
+    if horizon > int(remaining.max()):
+        raise ValueError(
+            f"no window of {horizon} consecutive steps: the longest unbroken stretch of one episode has "
+            f"{int(remaining.max())}; use horizon <= {int(remaining.max())} or longer held-out episodes"
+        )
+    rows = (remaining >= (horizon if full else 1)).nonzero().flatten()
+    shuffled = torch.randperm(len(rows), generator=rng, device=rng.device).to(rows.device)
+    rows = rows[shuffled[:windows]].sort().values
+    steps = torch.arange(horizon, device=rows.device)
+    alive = steps < remaining[rows, None]
+    index = torch.where(alive, rows[:, None] + steps, rows[:, None])
+    return Windows(
+        data.obs[rows],
+        data.action[index],
+        data.next_obs[index],
+        data.reward[index],
+        data.terminated[index],
+        alive,
+    )
+
+
+@torch.no_grad()
+def open_loop(
+    world: World, start: Float[Tensor, "b o"], action: Float[Tensor, "b h a"], rng: torch.Generator
+) -> Rollout:
+    """Roll a world through given actions; the penalty is left out, and a rollout goes on after terminations.
+
+    Raises:
+        ValueError: horizon below 1, or start observations with the wrong number of columns.
+    """
+    if action.shape[1] < 1:
+        raise ValueError("open_loop needs at least one action per row, got a horizon of 0")
+    bare = unpenalised(world, trust_all=True)
+    state, obs, reward, terminated = bare.start(start, rng), [], [], []
+    sound = torch.ones(len(start), dtype=torch.bool, device=start.device)
+    for t in range(action.shape[1]):
+        state, step = bare.step(state, action[:, t], rng)
+        sound = sound & step.trusted
+        obs.append(state.obs.masked_fill(~sound[:, None], torch.inf))
+        reward.append(step.reward.masked_fill(~sound, torch.inf))
+        terminated.append(step.terminated & sound)
+    return Rollout(torch.stack(obs, dim=1), torch.stack(reward, dim=1), torch.stack(terminated, dim=1))
+
+
+def fidelity(
+    world: World,
+    data: Transitions,
+    *,
+    horizon: int,
+    rng: torch.Generator,
+    windows: int = 1000,
+    samples: int = 1,
+    full: bool = True,
+    names: Sequence[str] | None = None,
+) -> Fidelity:
+    """Measure k-step open-loop error on held-out logged episodes, for k = 1 ... horizon.
+
+    For the error where the agent goes, pass the agent's own real episodes (``evaluate(..., record=True)``).
+
+    Args:
+        world: the world; its sampler decides how it is rolled.
+        data: held-out experience; its standard deviations normalise the errors.
+        horizon: steps.
+        rng: of windows and world, on the world's device.
+        windows: number of starts.
+        samples: rollouts per window; the prediction is their mean, so one is a sampled trajectory, noise included.
+        full: see `windows_of`.
+        names: of the observation columns.
+
+    Raises:
+        ValueError: see `windows_of`; or samples below 1.
+        DataError: no rows, or NaN or infinite entries.
+    """
+    data = data.to(rng.device)
+    log = windows_of(data, horizon, rng=rng, windows=windows, full=full)
+    seen = torch.cat([data.obs, data.next_obs])
+    return _compare(world, log, seen, data.reward, samples, names, rng)
+
+
+def fidelity_of_plans(
+    world: World,
+    truth: World,
+    start: Float[Tensor, "w o"],
+    plans: Float[Tensor, "w h a"],
+    *,
+    data: Transitions,
+    rng: torch.Generator,
+    samples: int = 1,
+    names: Sequence[str] | None = None,
+) -> Fidelity:
+    """Measure k-step open-loop error on any action plans, against a true world rolled through the same plans.
+
+    Args:
+        world: the world to judge.
+        truth: the true world, such as ``World(TruthDynamics(task), task)``; steps after its terminations do not count.
+        start: start observations.
+        plans: actions, for example an agent's own.
+        data: experience whose standard deviations normalise the errors.
+        rng: of both worlds, on their device.
+        samples: see `fidelity`.
+        names: of the observation columns.
+
+    Raises:
+        ValueError: the truth diverged, samples below 1, or a horizon of 0.
+    """
+    true = open_loop(truth, start, plans, rng)
+    if not bool(true.obs.isfinite().all()):
+        raise ValueError("the true world left the finite numbers on these plans: check start and plans")
+    ended = true.terminated.cumsum(dim=1) - true.terminated.long()
+    log = Windows(start, plans, true.obs, true.reward, true.terminated, ended == 0)
+    return _compare(world, log, torch.cat([data.obs, data.next_obs]).to(rng.device), data.reward, samples, names, rng)
+
+
+@torch.no_grad()
+def step_accuracy(world: World, data: Transitions, *, rng: torch.Generator, batch: int = 16_384) -> StepAccuracy:
+    """Measure reward and termination of a world after one step from every logged state.
+
+    Raises:
+        DataError: no rows, or NaN or infinite entries.
+    """
+    data = data.check().to(rng.device)
+    parts = [
+        open_loop(world, data.obs[i : i + batch], data.action[i : i + batch, None], rng)
+        for i in range(0, len(data), batch)
+    ]
+    error = torch.cat([part.reward[:, 0] for part in parts]).double() - data.reward
+    predicted = torch.cat([part.terminated for part in parts])
+    everyone = torch.ones_like(predicted)
+    by_depth = _confusion(predicted, data.terminated[:, None], everyone)
+    return StepAccuracy(
+        rows=len(data),
+        reward_rmse=float(error.square().mean().sqrt()),
+        reward_bias=float(error.mean()),
+        reward_scale=float(data.reward.double().std(correction=0)),
+        termination=Confusion(*(count[0] for count in vars(by_depth).values())),
+    )
+
+
+def varying_scale(seen: Float[Tensor, "n o"]) -> Float[Tensor, " o"]:
+    """Return the standard deviation per column, exactly zero where a column is constant up to float32 rounding."""
+    spread = seen.double().std(dim=0, correction=0)
+    rounding = 1e-6 * seen.double().abs().amax(dim=0)
+    return torch.where(spread > rounding, spread, torch.zeros_like(spread))
+
+
+def _compare(
+    world: World,
+    log: Windows,
+    seen: Float[Tensor, "n o"],
+    reward: Float[Tensor, " n"],
+    samples: int,
+    names: Sequence[str] | None,
+    rng: torch.Generator,
+) -> Fidelity:
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    rolled = open_loop(world, log.start.repeat(samples, 1), log.action.repeat(samples, 1, 1), rng)
+    shape = (samples, *log.reward.shape)
+    predicted = rolled.obs.reshape(*shape, -1).double().mean(dim=0)
+    promised = rolled.reward.reshape(shape).double().mean(dim=0)
+    # With several samples the majority decides.
+    ended = rolled.terminated.reshape(shape).double().mean(dim=0) > 0.5
+    width = log.start.shape[1]
+    labels = tuple(names) if names is not None else tuple(f"obs[{i}]" for i in range(width))
+    if len(labels) != width:
+        raise ValueError(f"names must hold {width} entries, one per observation column, got {len(labels)}")
+    alive = log.alive[..., None]
+    return Fidelity(
+        names=labels,
+        scale=varying_scale(seen).cpu().numpy(),
+        rmse=_rmse(predicted - log.next_obs, alive),
+        persistence=_rmse(log.start[:, None].double() - log.next_obs, alive),
+        windows=log.alive.sum(dim=0).cpu().numpy(),
+        reward_rmse=_rmse((promised - log.reward)[..., None], alive)[:, 0],
+        reward_scale=float(reward.double().std(correction=0)),
+        termination=_confusion(ended, log.terminated, log.alive),
+    )
+
+
+def _remaining(data: Transitions) -> Int[Tensor, " n"]:
+    """Rows from here to the end of the unbroken stretch, this one included."""
+    linked = (data.episode[1:] == data.episode[:-1]) & (data.obs[1:] == data.next_obs[:-1]).all(dim=1)
+    rows = torch.arange(len(data), device=data.device)
+    ends = torch.cat([~linked, torch.ones(1, dtype=torch.bool, device=data.device)]).nonzero().flatten()
+    return ends[torch.searchsorted(ends, rows)] - rows + 1
+
+
+def _rmse(error: Float[Tensor, "w h o"], alive: Bool[Tensor, "w h 1"]) -> Float[np.ndarray, "h o"]:
+    squares = torch.where(alive, error, torch.zeros_like(error)).square().sum(dim=0)
+    return (squares / alive.sum(dim=0)).sqrt().cpu().numpy()
+
+
+def _confusion(predicted: Bool[Tensor, "w h"], true: Bool[Tensor, "w h"], alive: Bool[Tensor, "w h"]) -> Confusion:
+    cells = (predicted & true, predicted & ~true, ~predicted & true, ~predicted & ~true)
+    return Confusion(*((cell & alive).sum(dim=0).cpu().numpy() for cell in cells))
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    result = np.full(np.shape(whole), np.nan)
+    np.divide(part, whole, out=result, where=np.asarray(whole) > 0)
+    return result
+
+
+def _normalise(rmse: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return np.divide(rmse, scale, out=np.full(rmse.shape, np.nan), where=scale > 0)
+
+
+def _root_mean(error: np.ndarray) -> np.ndarray:
+    varying = error[:, ~np.isnan(error).all(axis=0)]
+    if varying.shape[1] == 0:
+        return np.full(len(error), np.nan)
+    return np.sqrt(np.square(varying).mean(axis=1))
+
+
+def _first(crossed: np.ndarray) -> int | None:
+    return int(np.argmax(crossed)) + 1 if crossed.any() else None
+
+
+def _plain(numbers: np.ndarray) -> object:
+    """Nested lists that JSON can hold: None for NaN and infinities."""
+    if numbers.ndim == 0:
+        return plain(float(numbers))
+    return [_plain(part) for part in numbers]
