@@ -128,10 +128,18 @@ class AbstractDynamics(nn.Module, ABC):
         source = surviving_folder(Path(folder))
         card, blob = _read(source)
         module, _, name = card["class"].rpartition(".")
-        found = getattr(importlib.import_module(module), name)
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ModelFileError(
+                f"{source} holds a {card['class']}: cannot import {card['class']} ({error})"
+            ) from error
         if not (isinstance(found, type) and issubclass(found, cls)):
             raise ModelFileError(f"{source} holds a {card['class']}, not a {cls.__name__}")
-        model = found(**card["config"])
+        try:
+            model = found(**card["config"])
+        except TypeError as error:
+            raise ModelFileError(f"{card['class']} does not take the arguments that {source} names: {error}") from error
         model.spaces, model.source = Spaces.from_json(card["spaces"]), card["source"]
         model._build(model.spaces)
         try:

@@ -5,6 +5,7 @@ Dynamics Models" (2018); elites, hold-out and early stopping as in Janner, Fu, Z
 Model: Model-Based Policy Optimization" (2019).
 """
 
+import math
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -23,6 +24,8 @@ from learneddyn.spaces import Spaces
 # A column that never changes is copied, not learned; its noise is far below anything a task can feel.
 _CONSTANT_STD = 1e-6
 _CONSTANT_RANGE = 1e-6
+# Below this cross-entropy (nats) a termination head is as good as certain, and its gains stop counting as progress.
+_ENTROPY_FLOOR = 1e-3
 
 
 class _Heads(NamedTuple):
@@ -33,17 +36,27 @@ class _Heads(NamedTuple):
     ended: Float[Tensor, "e b"] | None
 
 
+class _Score(NamedTuple):
+    """Hold-out errors per member; ``watched`` decides early stopping and elites, lower is better."""
+
+    mse: Float[Tensor, " e"]
+    nll: Float[Tensor, " e"]
+    watched: Float[Tensor, " e"]
+
+
 class ProbabilisticEnsemble(AbstractDynamics):
     """E networks map (obs, action) to a Gaussian over the change of the observation (and the reward).
 
     Every network is an MLP with SiLU; its log-variance is bounded softly by two learned vectors shared by all
     networks. Each network trains on its own bootstrap of the data by Gaussian negative log-likelihood, stops early on
-    the hold-out error, and keeps its best weights; the ``num_elites`` networks with the lowest hold-out error are the
-    ones rollouts use. Inputs are standardised by the training rows of the latest fit.
+    the hold-out squared error, and keeps its best weights; the ``num_elites`` networks with the lowest hold-out error
+    are the ones rollouts use. Inputs are standardised by the training rows of the latest fit.
 
-    Two choices lie outside the sources and are off or harmless by default: ``scale_targets`` standardises targets too
-    (small changes then weigh as much as large ones), and columns whose change is constant in the data (goals, unused
-    sensors) are copied exactly instead of learned. Adam's moments start fresh at every fit; the weights do not.
+    Three choices lie outside the sources and are off or harmless by default: ``scale_targets`` standardises targets too
+    (small changes then weigh as much as large ones); columns whose change is constant in the data (goals, unused
+    sensors) are copied exactly instead of learned; with a termination head, what early stopping and elites watch is the
+    hold-out squared error times the head's cross-entropy, so that a relative gain of either counts. Adam's moments
+    start fresh at every fit; the weights do not.
 
     Args:
         num_members: networks E.
@@ -271,19 +284,20 @@ class ProbabilisticEnsemble(AbstractDynamics):
         shuffled = torch.randperm(len(data), generator=rng, device=data.device)
         held = max(1, min(int(self.holdout_ratio * len(data)), self.holdout_max))
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        self._standardise(data[shuffled[held:]])
-        train, test = self._pack(data[shuffled[held:]]), self._pack(data[shuffled[:held]])
         try:
+            self._standardise(data[shuffled[held:]])
+            train, test = self._pack(data[shuffled[held:]]), self._pack(data[shuffled[:held]])
             history = self._train(train, test, rng, progress)
-        except FloatingPointError:
+        except (DataError, FloatingPointError):
             self.load_state_dict(before)
+            self.spaces = None if fresh else self.spaces
             raise
         with torch.no_grad():
-            errors, likelihood = self._holdout(test)
-        self._elites.copy_(errors.argsort()[: self.num_elites])
+            score = self._holdout(test)
+        self._elites.copy_(score.watched.argsort()[: self.num_elites])
         metrics = {
-            "holdout_mse": float(errors[self.elites].mean()),
-            "holdout_nll": float(likelihood[self.elites].mean()),
+            "holdout_mse": float(score.mse[self.elites].mean()),
+            "holdout_nll": float(score.nll[self.elites].mean()),
             "train_rows": float(len(data) - held),
             "holdout_rows": float(held),
         }
@@ -309,19 +323,14 @@ class ProbabilisticEnsemble(AbstractDynamics):
         return torch.cat([self._standardised(data.obs, data.action), targets, ended], dim=1)
 
     def _train(self, train: Tensor, test: Tensor, rng: torch.Generator, progress: bool) -> list[dict[str, float]]:
-        groups: list[dict[str, Any]] = [
-            {"params": [weight], "weight_decay": decay}
-            for weight, decay in zip(self.weights, self.weight_decay, strict=True)
-        ]
-        groups.append({"params": [*self.biases, self.max_logvar, self.min_logvar]})
-        optimizer = torch.optim.Adam(groups, lr=self.learning_rate, fused=True)
+        optimizer = self._optimizer()
         rows, device = len(train), train.device
         if self.bootstrap:
             index = torch.randint(rows, (self.num_members, rows), generator=rng, device=device)
         else:
             index = torch.arange(rows, device=device).expand(self.num_members, -1)
         with torch.no_grad():
-            best = self._holdout(test)[0]
+            best = self._holdout(test).watched
         kept = [tensor.detach().clone() for tensor in self._member_tensors()]
         history: list[dict[str, float]] = []
         stale = 0
@@ -336,18 +345,18 @@ class ProbabilisticEnsemble(AbstractDynamics):
                     optimizer.step()
                     loss += value.detach() * (batch.shape[1] / rows)
                 with torch.no_grad():
-                    errors, likelihood = self._holdout(test)
-                if not bool(loss.isfinite() & errors.isfinite().all()):
+                    score = self._holdout(test)
+                if not bool(loss.isfinite() & score.watched.isfinite().all()):
                     raise FloatingPointError(
                         f"training diverged in epoch {len(history) + 1} (loss {float(loss)}): lower learning_rate "
                         f"(now {self.learning_rate}) or set scale_targets=True; the weights before fit are kept"
                     )
-                better = (best - errors) / best.clamp_min(1e-30) > self.improvement
-                best = torch.where(better, errors, best)
+                better = (best - score.watched) / best.clamp_min(1e-30) > self.improvement
+                best = torch.where(better, score.watched, best)
                 for tensor, good in zip(self._member_tensors(), kept, strict=True):
                     good[better] = tensor.detach()[better]
                 stale = 0 if bool(better.any()) else stale + 1
-                entry = {"loss": float(loss), "holdout_mse": float(errors.mean()), "nll": float(likelihood.mean())}
+                entry = {"loss": float(loss), "holdout_mse": float(score.mse.mean()), "nll": float(score.nll.mean())}
                 history.append(entry)
                 bar.update()
                 bar.set_postfix(entry)
@@ -355,6 +364,14 @@ class ProbabilisticEnsemble(AbstractDynamics):
             for tensor, good in zip(self._member_tensors(), kept, strict=True):
                 tensor.copy_(good)
         return history
+
+    def _optimizer(self) -> torch.optim.Adam:
+        groups: list[dict[str, Any]] = [
+            {"params": [weight], "weight_decay": decay}
+            for weight, decay in zip(self.weights, self.weight_decay, strict=True)
+        ]
+        groups.append({"params": [*self.biases, self.max_logvar, self.min_logvar]})
+        return torch.optim.Adam(groups, lr=self.learning_rate, fused=True)
 
     def _shuffled(self, index: Int[Tensor, "e n"], rng: torch.Generator) -> Int[Tensor, "e n"]:
         if not self.bootstrap:
@@ -374,13 +391,17 @@ class ProbabilisticEnsemble(AbstractDynamics):
             loss = loss + entropy.mean(dim=1).sum()
         return loss
 
-    def _holdout(self, test: Float[Tensor, "n w"]) -> tuple[Float[Tensor, " e"], Float[Tensor, " e"]]:
-        """Return every member's mean squared error and Gaussian negative log-likelihood on the held-out rows."""
-        x, target, _ = self._unpack(test.expand(self.num_members, -1, -1))
+    def _holdout(self, test: Float[Tensor, "n w"]) -> _Score:
+        """Return every member's errors on the held-out rows."""
+        x, target, ended = self._unpack(test.expand(self.num_members, -1, -1))
         heads = self._networks(x)
         square = (heads.mean - target).square()
-        nll = 0.5 * (square * (-heads.logvar).exp() + heads.logvar + torch.log(torch.tensor(2 * torch.pi)))
-        return tuple(value[..., self.learned].mean(dim=(1, 2)) for value in (square, nll))  # type: ignore[return-value]
+        nll = 0.5 * (square * (-heads.logvar).exp() + heads.logvar + math.log(2 * math.pi))
+        mse, nll = (value[..., self.learned].mean(dim=(1, 2)) for value in (square, nll))
+        if heads.ended is None:
+            return _Score(mse, nll, mse)
+        entropy = binary_cross_entropy_with_logits(heads.ended, ended, reduction="none").mean(dim=1)
+        return _Score(mse, nll, mse * entropy.clamp_min(_ENTROPY_FLOOR))
 
     def _unpack(self, batch: Float[Tensor, "e b w"]) -> tuple[Tensor, Tensor, Tensor]:
         i, q = len(self.input_mean), len(self.max_logvar)
