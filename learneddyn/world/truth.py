@@ -268,6 +268,9 @@ class _Mujoco:
         data.xpos.flat = state[-2 * bodies : -bodies]
         data.xipos.flat = state[-bodies:]
 
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        return self.env.step(action)
+
     def place(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
         self._mujoco.mj_resetData(self.env.model, self.env.data)
         self.env.set_state(qpos, qvel)
@@ -285,7 +288,7 @@ class _Mujoco:
 class _Classic:
     """One classic-control environment. The state carries its own precision: a reset may make float64, a step float32.
 
-    CartPole pays nothing after its first terminal step; a row here has no such past.
+    CartPole pays nothing after its first terminal step; a row here has no such past, so every step pays.
     """
 
     def __init__(self, env: Any) -> None:
@@ -297,8 +300,11 @@ class _Classic:
 
     def restore(self, state: np.ndarray) -> None:
         self.env.state = state[1:].astype(f"f{int(state[0])}")
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         if isinstance(self.env, CartPoleEnv):
             self.env.steps_beyond_terminated = None
+        return self.env.step(action)
 
     def place(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
         self.env.state = np.stack([qpos, qvel], axis=1).ravel()
@@ -331,6 +337,6 @@ def _follow(
     for row in range(rows):
         simulator.restore(states[row])
         for t in range(horizon):
-            next_obs[row, t], reward[row, t], terminated[row, t], _, _ = env.step(moves[row, t])
+            next_obs[row, t], reward[row, t], terminated[row, t], _, _ = simulator.step(moves[row, t])
         after[row] = simulator.state()
     return next_obs, reward, terminated, after

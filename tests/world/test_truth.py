@@ -120,6 +120,15 @@ def test_a_running_environment_goes_on_from_its_snapshot(real_id):
     env.close()
 
 
+def test_steps_after_a_termination_are_judged_like_any_other():
+    truth = TruthDynamics("CartPole-v1", threads=1)
+    obs, memory = truth.reset([0])
+    push_right = torch.tensor([[0.0, 1.0]]).repeat(1, 30, 1)
+    judged = truth.open_loop(obs, push_right, memory)
+    assert judged.terminated.sum() > 10
+    assert judged.reward.tolist() == [[1.0] * 30]
+
+
 def test_lanes_do_not_touch_each_other():
     truth = TruthDynamics("Ant-v5", threads=2)
     obs, memory = truth.reset(range(6))
