@@ -9,6 +9,7 @@ from gymnasium import spaces as gs
 from jaxtyping import Float
 from torch import Tensor
 
+from learneddyn.core import State
 from learneddyn.spaces import Spaces, decode, encode, flat_dim
 
 TOLERANCE = 1e-5
@@ -32,7 +33,7 @@ class Interface:
         if lanes < 1:
             raise ValueError(f"num_envs must be at least 1, got {lanes}")
         self.observation, self.action = spaces
-        self.lanes, self.device = lanes, device
+        self.lanes, self.device, self._on_cpu = lanes, device, device.type == "cpu"
         low, high = _bounds(self.action)
         slack = np.where(np.isfinite(high - low), TOLERANCE * (high - low), 0.0).astype(np.float32)
         self._action_low, self._action_high = low - slack, high + slack
@@ -54,7 +55,8 @@ class Interface:
         else:
             array = self._array_columns(actions)
             low, high = np.minimum.reduce(array, axis=None), np.maximum.reduce(array, axis=None)
-            columns = torch.from_numpy(array).to(self.device)
+            columns = torch.from_numpy(array)
+            columns = columns if self._on_cpu else columns.to(self.device)
         if not (self._uniform and low >= self._action_low[0] and high <= self._action_high[0]):
             self._refuse_out_of_bounds(columns)
         return columns
@@ -84,15 +86,15 @@ class Interface:
             )
         return columns
 
-    def confine(self, obs: Float[Tensor, "b o"]) -> Float[Tensor, "b o"]:
-        """Return imagined observations clamped to the bounds of the observation space, as a simulator keeps to them."""
-        return obs.clamp(self._obs_low, self._obs_high) if self._bounded else obs
+    def confine(self, state: State) -> State:
+        """Return an imagined state clamped to the bounds of the observation space, as a simulator keeps to them."""
+        return state._replace(obs=state.obs.clamp(self._obs_low, self._obs_high)) if self._bounded else state
 
     def to_agent(self, obs: Float[Tensor, "b o"]) -> Any:
         """Return columns as a batch of elements of the observation space, in fresh NumPy memory."""
-        flat = obs.cpu().numpy()
+        flat = (obs if self._on_cpu else obs.cpu()).numpy()
         if isinstance(self.observation, gs.Box):
-            return np.array(flat.reshape(len(flat), *self.observation.shape), self.observation.dtype)
+            return np.array(flat, self.observation.dtype).reshape(len(flat), *self.observation.shape)
         return decode(self.observation, flat.copy())
 
     def _array_columns(self, actions: Any) -> np.ndarray:
@@ -103,7 +105,7 @@ class Interface:
                 raise InvalidAction(
                     f"actions for {space} must have shape {(self.lanes, *space.shape)}, got {array.shape}"
                 )
-            array = array.reshape(self.lanes, -1)
+            array = array if array.ndim == 2 else array.reshape(self.lanes, -1)
         else:
             if isinstance(space, gs.Discrete | gs.MultiDiscrete) and np.asarray(actions).dtype.kind not in "iu":
                 raise InvalidAction(f"actions for {space} must be integers, got dtype {np.asarray(actions).dtype}")

@@ -95,7 +95,7 @@ class LearnedEnv(gym.Env[Any, Any]):
         if self._ended or self._state is None or self._rng is None:
             raise gym.error.ResetNeeded("no episode is running: call env.reset() first, and after an episode ended")
         state, step = self.world.step(self._state, self._interface.one_to_world(action), self._rng)
-        self._state = state._replace(obs=self._interface.confine(state.obs))
+        self._state = self._interface.confine(state)
         self._steps += 1
         terminated, trusted = bool(step.terminated), bool(step.trusted)
         truncated = self._steps >= self.horizon or not trusted

@@ -140,7 +140,7 @@ class LearnedVecEnv(VecEnv):
     ) -> None:
         seconds = round(time.time() - self._born, 6)
         reasons = ends["final_info"]
-        for lane in lanes:
+        for lane in lanes.tolist():
             info = infos[lane]
             info["terminal_observation"] = ends["final_obs"][lane]
             info["TimeLimit.truncated"] = not terminated[lane]

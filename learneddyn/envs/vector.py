@@ -1,6 +1,6 @@
 """Many lanes of a World as one native Gymnasium VectorEnv: all lanes share every model call."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -55,7 +55,7 @@ class LearnedVectorEnv(VectorEnv[Any, Any, Any]):
         horizon: int | None = None,
         start: Start = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
-        output: Literal["numpy", "torch"] = "numpy",
+        output: str = "numpy",
         render_mode: str | None = None,
         width: int = 480,
         height: int = 480,
@@ -118,7 +118,6 @@ class LearnedVectorEnv(VectorEnv[Any, Any, Any]):
             self._note_ended(np.zeros(self.num_envs, np.bool_))
         return self._observations(self._state), {}
 
-    @torch.no_grad()
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Advance every lane; lanes that ended are restarted as the autoreset mode says.
 
@@ -133,16 +132,22 @@ class LearnedVectorEnv(VectorEnv[Any, Any, Any]):
         if self._any_ended and self.autoreset_mode is AutoresetMode.DISABLED:
             lanes = np.flatnonzero(self._ended).tolist()
             raise gym.error.ResetNeeded(f"lanes {lanes} have ended: reset them with options={{'reset_mask': mask}}")
-        state, step = self.world.step(self._state, self._interface.to_world(actions), self._noise_rng)
-        self._state = state = state._replace(obs=self._interface.confine(state.obs))
+        action = self._interface.to_world(actions)
+        with torch.no_grad():
+            state, step = self.world.step(self._state, action, self._noise_rng)
+        self._state = state = self._interface.confine(state)
         self._clock += 1
+        reward = step.reward.clone() if self.output == "torch" else step.reward.cpu().numpy().astype(np.float64)
+        terminated, trusted = _on_host(step)
         if (
-            not self._any_ended
-            and self._clock < self._next_deadline
-            and not bool((step.terminated | ~step.trusted).any())
+            self._any_ended
+            or self._clock >= self._next_deadline
+            or np.count_nonzero(terminated)
+            or np.count_nonzero(trusted) < self.num_envs
         ):
-            return (*self._output(state, step, torch.zeros_like(step.terminated)), {})
-        return self._step_with_ends(state, step)
+            return self._step_with_ends(state, reward, terminated, trusted)
+        truncated = np.zeros(self.num_envs, np.bool_)
+        return self._observations(state), reward, self._give(terminated), self._give(truncated), {}
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Return one frame per lane, uint8 ``[height, width, 3]``, or None without a render mode.
@@ -160,24 +165,26 @@ class LearnedVectorEnv(VectorEnv[Any, Any, Any]):
             self._artist = StateArtist(self.world.task, *self._size)
         return tuple(self._artist.frame(obs) for obs in self._state.obs)
 
-    def _step_with_ends(self, state: State, step: Step) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+    @torch.no_grad()
+    def _step_with_ends(
+        self, state: State, reward: Any, terminated: np.ndarray, trusted: np.ndarray
+    ) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Finish a step in which some lane ends, or restarts after having ended in the step before (NEXT_STEP)."""
         if self._any_ended:
             self._restart(state, np.flatnonzero(self._ended), None)
-            restarted = torch.from_numpy(self._ended).to(self._device)
-            step = Step(step.reward.masked_fill(restarted, 0.0), step.terminated & ~restarted, step.trusted | restarted)
-        due = torch.from_numpy(self._clock >= self._deadline).to(self._device)
-        truncated = due | ~step.trusted
-        infos = self._truncation_infos(step, truncated)
-        ended = (step.terminated | truncated).cpu().numpy()
-        if self.autoreset_mode is AutoresetMode.SAME_STEP:
-            lanes = np.flatnonzero(ended)
-            if len(lanes):
-                infos = self._final_infos(state, ended, lanes, infos)
-                self._restart(state, lanes, None)
-        else:
+            reward[self._give(self._ended)] = 0.0
+            terminated, trusted = terminated & ~self._ended, trusted | self._ended
+        truncated = (self._clock >= self._deadline) | ~trusted
+        ended = terminated | truncated
+        infos: dict[str, Any] = {}
+        if truncated.any():
+            infos = {"trusted": self._give(trusted & truncated), "_trusted": self._give(truncated.copy())}
+        if self.autoreset_mode is not AutoresetMode.SAME_STEP:
             self._note_ended(ended)
-        return (*self._output(state, step, truncated), infos)
+        elif ended.any():
+            infos = self._final_infos(state, ended, infos)
+            self._restart(state, np.flatnonzero(ended), None)
+        return self._observations(state), reward, self._give(terminated), self._give(truncated), infos
 
     def _restart(self, state: State, lanes: np.ndarray, obs: Tensor | None) -> None:
         """Put ``lanes`` at the start of an episode, in place. Fresh memory is ``dynamics.begin(obs)``, else zeros."""
@@ -199,31 +206,22 @@ class LearnedVectorEnv(VectorEnv[Any, Any, Any]):
     def _note_ended(self, ended: np.ndarray) -> None:
         self._ended, self._any_ended = ended, bool(ended.any())
 
-    def _truncation_infos(self, step: Step, truncated: Tensor) -> dict[str, Any]:
-        if not bool(truncated.any()):
-            return {}
-        return {"trusted": self._give(step.trusted & truncated), "_trusted": self._give(truncated.clone())}
-
-    def _final_infos(self, state: State, ended: np.ndarray, lanes: np.ndarray, infos: dict[str, Any]) -> dict[str, Any]:
+    def _final_infos(self, state: State, ended: np.ndarray, infos: dict[str, Any]) -> dict[str, Any]:
         final_obs = self._observations(state)
-        mask = ended if self.output == "numpy" else torch.from_numpy(ended).to(self._device)
         if self.output == "numpy":
             batch, final_obs = final_obs, np.full(self.num_envs, None, dtype=object)
-            for lane in lanes:
+            for lane in np.flatnonzero(ended).tolist():
                 final_obs[lane] = row(self.single_observation_space, batch, lane)
-        return {"final_obs": final_obs, "_final_obs": mask, "final_info": infos, "_final_info": mask}
-
-    def _output(self, state: State, step: Step, truncated: Tensor) -> tuple[Any, Any, Any, Any]:
-        reward = step.reward if self.output == "torch" else step.reward.cpu().numpy().astype(np.float64)
-        return self._observations(state), reward, self._give(step.terminated), self._give(truncated)
+        masks = self._give(ended), self._give(ended.copy())
+        return {"final_obs": final_obs, "_final_obs": masks[0], "final_info": infos, "_final_info": masks[1]}
 
     def _observations(self, state: State) -> Any:
         if self.output == "numpy":
             return self._interface.to_agent(state.obs)
         return state.obs.clone().reshape(self.num_envs, *self.single_observation_space.shape)  # type: ignore[misc]
 
-    def _give(self, flags: Tensor) -> Any:
-        return flags.cpu().numpy() if self.output == "numpy" else flags
+    def _give(self, flags: np.ndarray) -> Any:
+        return flags if self.output == "numpy" else torch.from_numpy(flags).to(self._device)
 
 
 def make_vector_env(
@@ -234,7 +232,7 @@ def make_vector_env(
     max_episode_steps: int | None = None,
     start: str | None = None,
     autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
-    output: Literal["numpy", "torch"] = "numpy",
+    output: str = "numpy",
     render_mode: str | None = None,
     width: int = 480,
     height: int = 480,
@@ -281,3 +279,11 @@ def _checked_mask(mask: Any, lanes: int) -> np.ndarray:
     if mask.shape != (lanes,) or not mask.any():
         raise ValueError(f"options['reset_mask'] must have shape ({lanes},) and mark at least one lane, got {mask}")
     return mask
+
+
+def _on_host(step: Step) -> tuple[np.ndarray, np.ndarray]:
+    """Return terminated and trusted as NumPy arrays, with one transfer where they live on another device."""
+    if step.trusted.is_cpu:
+        return step.terminated.numpy(), step.trusted.numpy()
+    terminated, trusted = torch.stack((step.terminated, step.trusted)).cpu().numpy()
+    return terminated, trusted

@@ -75,6 +75,13 @@ TASK = Task(
     max_episode_steps=50,
 )
 
+ANY_TASK = Task(
+    "Any-v0",
+    reward=lambda obs, action, next_obs: next_obs.sum(dim=1),
+    terminated=lambda next_obs: next_obs[:, 0] > 1.5,
+)
+COMPOSITE = spaces.Dict({"joint": spaces.Box(-9.0, 9.0, (2, 2)), "mode": spaces.Discrete(3, start=5)})
+
 
 def linear_world(
     *, noise: float = 0.0, sampler: str = "mean", spaces: Spaces = BOX, task: Task = TASK, reach: float | None = None
