@@ -1,7 +1,8 @@
 """Gymnasium spaces as flat float32 columns: what every model, world and planner computes with.
 
 A Box keeps its numbers, a Discrete becomes one-hot, MultiBinary becomes zeros and ones, MultiDiscrete becomes one
-one-hot per entry, Dict and Tuple are their parts side by side in Gymnasium's own order. `encode` and `decode` are
+one-hot per entry, Dict and Tuple are their parts side by side, those of a Dict sorted by key: two Dicts that differ in
+the order of their keys are equal to Gymnasium, so they must have the same columns. `encode` and `decode` are
 batched and inverse to each other (`decode` takes the largest entry of a one-hot block, so it also reads a softmax).
 """
 
@@ -80,7 +81,7 @@ def encode(space: gym.Space[Any], batch: Any) -> np.ndarray:
     """
     match space:
         case spaces.Dict():
-            return np.concatenate([encode(part, batch[key]) for key, part in space.spaces.items()], axis=1)
+            return np.concatenate([encode(space[key], batch[key]) for key in sorted(space.spaces)], axis=1)
         case spaces.Tuple():
             return np.concatenate([encode(part, item) for part, item in zip(space.spaces, batch, strict=True)], axis=1)
         case spaces.Discrete():
@@ -111,8 +112,9 @@ def decode(space: gym.Space[Any], flat: np.ndarray) -> Any:
             index = np.stack([block.argmax(axis=1) for block in blocks], axis=1).reshape(len(flat), *space.shape)
             return (index + space.start).astype(space.dtype)
         case spaces.Dict():
-            parts = _split(flat, list(space.spaces.values()))
-            return {key: decode(part, block) for (key, part), block in zip(space.spaces.items(), parts, strict=True)}
+            keys = sorted(space.spaces)
+            parts = _split(flat, [space[key] for key in keys])
+            return {key: decode(space[key], block) for key, block in zip(keys, parts, strict=True)}
         case spaces.Tuple():
             blocks = _split(flat, space.spaces)
             return tuple(decode(part, block) for part, block in zip(space.spaces, blocks, strict=True))

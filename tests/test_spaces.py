@@ -60,3 +60,13 @@ def test_a_wrong_shape_is_named():
 def test_an_index_outside_a_discrete_space_is_named():
     with pytest.raises(ValueError, match="got the entry 7"):
         encode(spaces.Discrete(3), np.array([0, 7]))
+
+
+def test_equal_dicts_have_the_same_columns():
+    """Gymnasium sorts the keys of a plain dict only, and a space read back from JSON is made from one."""
+    named = spaces.Dict(mode=spaces.Discrete(3), goal=spaces.Box(-1, 1, (2,), np.float32))
+    read = Spaces.from_json(Spaces(named, named).to_json()).observation
+    assert read == named
+    batch = {"mode": np.array([2, 0]), "goal": np.array([[0.5, 0.25], [1, -1]], np.float32)}
+    np.testing.assert_array_equal(encode(read, batch), encode(named, batch))
+    np.testing.assert_equal(decode(read, encode(named, batch)), batch)
