@@ -2,10 +2,11 @@
 
     python benchmarks/collect.py [--steps 20000] [--repeats 5] [--lanes 8]
 
-Every rate is transitions (reset rows do not count) per second of CPU time of this process, making the envs included. The contestants take turns,
-so that a busy machine slows all of them; the table shows the median over the repeats. The bare vector env is
-Gymnasium's SyncVectorEnv with its default settings, stepped with actions that were drawn beforehand and with nothing
-kept. "saved" includes writing the Minari data set, as does Minari's collector, which takes one single env.
+Every rate is transitions (reset rows do not count) per second of CPU time of this process, making the environments
+included. The contestants take turns, so that a busy machine slows all of them; the table shows the median over the
+repeats. The bare vector env is Gymnasium's SyncVectorEnv with its default settings, stepped with actions that were drawn
+beforehand and with nothing kept. "saved" includes writing the Minari data set, as does Minari's collector, which takes
+one single env.
 """
 
 import argparse

@@ -1,6 +1,19 @@
 """Logged experience: Minari data sets, your own logs, and a fast collector for real environments."""
 
 from learneddyn.data.collect import collect
+from learneddyn.data.grades import GradeNotReached, collect_grade
+from learneddyn.data.logs import from_arrays, from_csv, from_parquet
 from learneddyn.data.minari import DatasetExists, DatasetNotFound, load, save
 
-__all__ = ["DatasetExists", "DatasetNotFound", "collect", "load", "save"]
+__all__ = [
+    "DatasetExists",
+    "DatasetNotFound",
+    "GradeNotReached",
+    "collect",
+    "collect_grade",
+    "from_arrays",
+    "from_csv",
+    "from_parquet",
+    "load",
+    "save",
+]

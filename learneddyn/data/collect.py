@@ -7,7 +7,7 @@ a reset never becomes a transition, whatever autoreset mode the vector env has.
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -22,7 +22,7 @@ from learneddyn.data.minari import check_free, save
 from learneddyn.spaces import Spaces, decode, encode
 
 EnvSource = str | EnvSpec | Callable[[], gym.Env[Any, Any]] | gym.Env[Any, Any] | VectorEnv[Any, Any, Any]
-Behaviour = Literal["random"] | Policy
+Behaviour = str | Policy
 Mixture = Sequence[tuple[float, Behaviour]]
 
 _AHEAD = 4096
@@ -149,9 +149,8 @@ class _Actor:
         noise: float,
         seed: int,
     ) -> None:
-        mixture: Mixture = (
-            behaviour if isinstance(behaviour, Sequence) and behaviour != "random" else [(1.0, behaviour)]
-        )
+        single = isinstance(behaviour, str) or not isinstance(behaviour, Sequence)
+        mixture: Mixture = [(1.0, behaviour)] if single else behaviour  # type: ignore[assignment, list-item]
         for entry in mixture:
             if not (isinstance(entry, tuple) and len(entry) == 2 and entry[0] > 0):
                 raise ValueError(f"a mixture is a list of (weight > 0, behaviour), got the entry {entry!r}")
@@ -168,7 +167,7 @@ class _Actor:
         if noise and self.bounds is None:
             raise ValueError(f"noise needs a bounded Box action space, got {self.space}; use epsilon instead")
         self.deterministic, self.epsilon, self.noise = deterministic, epsilon, noise
-        self.policies = [None if entry[1] == "random" else entry[1] for entry in mixture]
+        self.policies = [None if isinstance(entry[1], str) else entry[1] for entry in mixture]
         weights = np.array([weight for weight, _ in mixture], float)
         self.share = weights / weights.sum()
         self.memory: list[Any] = [None] * len(self.policies)
