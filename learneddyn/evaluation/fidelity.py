@@ -233,7 +233,7 @@ def open_loop(
     return Rollout(torch.stack(obs, dim=1), torch.stack(reward, dim=1), torch.stack(terminated, dim=1))
 
 
-def fidelity(
+def fidelity_of_log(
     world: World,
     data: Transitions,
     *,
@@ -288,7 +288,7 @@ def fidelity_of_plans(
         plans: actions, for example an agent's own.
         data: experience whose standard deviations normalise the errors.
         rng: of both worlds, on their device.
-        samples: see `fidelity`.
+        samples: see `fidelity_of_log`.
         names: of the observation columns.
 
     Raises:

@@ -29,7 +29,7 @@ def error_against_horizon(fidelity: Fidelity) -> str:
     figure, [axes] = _figure("overall", 1)
     steps = np.arange(1, fidelity.horizon + 1)
     _error_lines(axes, steps, fidelity.overall, fidelity.persistence_overall, fidelity.break_even_horizon)
-    _label(axes, "steps imagined without looking", "error (standard deviations of the data)")
+    _label(axes, "steps imagined without looking", "error / std of the data")
     _legend(axes)
     return svg(figure, "error-overall")
 
@@ -87,12 +87,9 @@ def coverage_against_horizon(calibration: Calibration) -> str:
         axes.plot(calibration.horizons, _drawable(coverage), "o-", color=color, label=f"{level:.0%} interval")
         axes.axhline(level, color=color, linestyle="--", linewidth=1, alpha=0.6)
     axes.set_ylim(0, 1.03)
-    if max(calibration.horizons) > 1:
-        axes.set_xscale("log")
-        axes.set_xticks(calibration.horizons, [str(h) for h in calibration.horizons])
-        axes.minorticks_off()
-    else:
-        axes.set_xticks([1])
+    axes.set_xscale("log")
+    axes.set_xticks(calibration.horizons, [str(h) for h in calibration.horizons])
+    axes.minorticks_off()
     _label(axes, "steps ahead", "share of truths inside")
     _legend(axes)
     return svg(figure, "coverage")
@@ -122,11 +119,11 @@ def svg(figure: Figure, salt: str) -> str:
     return body.replace(_INK, "currentColor").replace("<svg", '<svg role="img"', 1)
 
 
-def _figure(name: str, panels: int, *, height: float = 2.7) -> tuple[Figure, list[Axes]]:
+def _figure(name: str, panels: int, *, height: float = 2.5) -> tuple[Figure, list[Axes]]:
     """Panels in two columns, or one alone, at the width of a phone."""
     columns = min(panels, 2)
     rows = -(-panels // columns)
-    figure = Figure(figsize=(4.6, height * rows if rows > 1 or panels > 1 else height), layout="constrained")
+    figure = Figure(figsize=(4.0, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
     for each in axes:
@@ -148,7 +145,7 @@ def _error_lines(axes: Axes, steps: np.ndarray, model: np.ndarray, still: np.nda
         steps, _drawable(model), color=MODEL, linewidth=1.8, label="model", marker="o" if len(steps) == 1 else None
     )
     if mark is not None:
-        axes.axvline(mark, color="#c9495a", linewidth=1, linestyle=":", label=f"break-even at {mark}")
+        axes.axvline(mark, color="#d8495c", linewidth=1.4, linestyle=":", label=f"break-even at {mark}")
     known = np.concatenate([_drawable(model), _drawable(still)])
     top = 3 * float(np.nanmax(_drawable(still), initial=0.0))
     highest = float(np.nanmax(known, initial=0.0))
@@ -158,7 +155,7 @@ def _error_lines(axes: Axes, steps: np.ndarray, model: np.ndarray, still: np.nda
 
 def _error_map(fidelity: Fidelity, shown: list[int]) -> str:
     """Colour every (column, horizon) by error over persistence: 1 is break-even."""
-    figure = Figure(figsize=(4.6, max(2.4, 0.16 * len(shown) + 0.9)), layout="constrained")
+    figure = Figure(figsize=(4.0, max(2.4, 0.16 * len(shown) + 0.9)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(1, 1, 1)
     still = fidelity.persistence_error[:, shown]

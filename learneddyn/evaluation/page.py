@@ -3,7 +3,7 @@
 import base64
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 
@@ -55,7 +55,7 @@ def page(report: Report) -> str:
     )
 
 
-def _headline(headline: Headline, rounds: Mapping[int, object]) -> str:
+def _headline(headline: Headline, rounds: Mapping[int, Sequence[Round]]) -> str:
     seeds, verdict = len(rounds), headline.verdict
     share = f" on {headline.counts[verdict]} of {seeds} seeds" if seeds > 1 else ""
     others = ", ".join(f"{count} {name}" for name, count in headline.counts.items())
@@ -66,13 +66,16 @@ def _headline(headline: Headline, rounds: Mapping[int, object]) -> str:
     ]
     if headline.target is not None:
         cells.append((f"seeds at or above {_number(headline.target)}", f"<b>{headline.reached} of {seeds}</b>"))
+    first = [next(iter(line)).verdict for line in rounds.values()]
+    before = ", ".join(f"{first.count(name)} {name}" for name in Verdict if name in first)
+    many = any(len(line) > 1 for line in rounds.values())
+    history = f"First round: {before}. Last round: {others}." if many else f"Seeds: {others}."
     over = f"means over {seeds} seeds" if seeds > 1 else "means over episodes"
     return (
         f"<section class='card verdict {verdict}'><strong>{_SAYS[verdict]}{share}</strong>"
         + "<div class='figures'>"
         + "".join(f"<div class='figure'><small>{escape(name)}</small>{value}</div>" for name, value in cells)
-        + f"</div><small>Last round of every seed: {others}. Return, {over}, with 95 % bootstrap intervals."
-        "</small></section>"
+        + f"</div><small>{history} Returns are {over}, with 95 % bootstrap intervals.</small></section>"
     )
 
 
@@ -113,7 +116,8 @@ def _gaps(rounds: Mapping[int, Iterable[Round]], target: float | None) -> str:
         + "".join(lines)
         + f"<div class='row axis'><div class='label'></div><div class='track ticks'>{scale}</div><span></span></div>"
         + "<div class='legend'><span><i class='dot imagined'></i>imagined return</span>"
-        + "<span><i class='dot real'></i>real return</span><span><i class='bar exploited'></i>gap</span>"
+        + "<span><i class='dot real'></i>real return</span>"
+        + "<span><i class='bar unclear'></i>gap, coloured by verdict</span>"
         + f"{aim}<span>lines: 95 % bootstrap intervals</span></div></div>"
     )
 
@@ -174,6 +178,7 @@ def _fidelity(name: str, fidelity: Fidelity) -> str:
 
 
 def _calibration(name: str, calibration: Calibration) -> str:
+    coverage = figures.coverage_against_horizon(calibration) if len(calibration.horizons) > 1 else ""
     rows = [
         (
             f"{horizon}",
@@ -195,8 +200,8 @@ def _calibration(name: str, calibration: Calibration) -> str:
         f"<h3>{escape(name)}</h3><p class='soft'>Judged: {escape(calibration.what)}, {calibration.rows:,} truths, "
         "averaged over columns.</p><div class='grid'>"
         + _plot("Where the truth fell (flat is calibrated, a U overconfident)", figures.pit_histograms(calibration))
-        + _plot("Truths inside the intervals (dashed: promised)", figures.coverage_against_horizon(calibration))
-        + f"</div><p></p>{_card(_table(head, rows))}"
+        + _plot("Truths inside the intervals (dashed: promised)", coverage)
+        + f"</div>{_card(_table(head, rows))}"
     )
 
 

@@ -317,7 +317,7 @@ def _play(
     active = set(range(lanes))
     while active:
         # Lanes without an episode keep their last observation: the policy always sees one batch size.
-        batch = _stack(spaces.observation, observations)
+        batch = batch_of(spaces.observation, observations)
         actions, memory = policy.predict(batch, memory, fresh.copy(), deterministic)
         for lane in sorted(active):
             episode, action = playing[lane], actions[lane]
@@ -339,7 +339,7 @@ def _play(
                     continue
                 playing[lane] = following
                 observations[lane] = starts[following] = envs[lane].reset(seed=int(seeds[following]))[0]
-    first = torch.as_tensor(encode(spaces.observation, _stack(spaces.observation, starts)), device=device)
+    first = torch.as_tensor(encode(spaces.observation, batch_of(spaces.observation, starts)), device=device)
     logged = _transitions(rows, spaces, spec.id, device) if record else None
     return Returns(returns, lengths, terminated, seeds, first, logged)
 
@@ -349,10 +349,10 @@ def _transitions(
 ) -> Transitions:
     obs, action, reward, after, ended = zip(*(row for episode in rows for row in episode), strict=True)
     return Transitions.from_numpy(
-        encode(spaces.observation, _stack(spaces.observation, obs)),
-        encode(spaces.action, _stack(spaces.action, action)),
+        encode(spaces.observation, batch_of(spaces.observation, obs)),
+        encode(spaces.action, batch_of(spaces.action, action)),
         np.array(reward),
-        encode(spaces.observation, _stack(spaces.observation, after)),
+        encode(spaces.observation, batch_of(spaces.observation, after)),
         np.array(ended),
         np.repeat(np.arange(len(rows)), [len(episode) for episode in rows]),
         spaces=spaces,
@@ -388,14 +388,14 @@ def _imagine(
     return Imagined(*(column.cpu().numpy() for column in columns))
 
 
-def _stack(space: gym.Space[Any], elements: Sequence[Any]) -> Any:
+def batch_of(space: gym.Space[Any], elements: Sequence[Any]) -> Any:
     """One batch of a space's elements: arrays, or the Dict and Tuple of arrays that `encode` and SB3 read."""
     match space:
         case gym.spaces.Dict():
-            return {key: _stack(part, [element[key] for element in elements]) for key, part in space.spaces.items()}
+            return {key: batch_of(part, [element[key] for element in elements]) for key, part in space.spaces.items()}
         case gym.spaces.Tuple():
             parts = enumerate(space.spaces)
-            return tuple(_stack(part, [element[i] for element in elements]) for i, part in parts)
+            return tuple(batch_of(part, [element[i] for element in elements]) for i, part in parts)
     return np.stack([np.asarray(element) for element in elements])
 
 
