@@ -1,6 +1,6 @@
 """``LearnedDyn-v0``: a World as a Gymnasium environment with the real environment's spaces."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -11,9 +11,7 @@ from learneddyn.envs.interface import Interface, batch_of_one, row
 from learneddyn.envs.start import Start, start_states
 from learneddyn.envs.worlds import load_world
 from learneddyn.world import World
-
-if TYPE_CHECKING:
-    from learneddyn.world.draw import StateArtist
+from learneddyn.world.draw import StateArtist
 
 DEFAULT_HORIZON = 1000
 """Steps of an episode where neither the caller nor the task names a time limit."""
@@ -114,10 +112,14 @@ class LearnedEnv(gym.Env[Any, Any]):
         if self._state is None:
             raise gym.error.ResetNeeded("there is no state to draw: call env.reset() first")
         if self._artist is None:
-            from learneddyn.world.draw import StateArtist
-
             self._artist = StateArtist(self.world.task, *self._size)
         return self._artist.frame(self._state.obs[0])
+
+    def close(self) -> None:
+        """Release the renderer; a second call does nothing."""
+        if self._artist is not None:
+            self._artist.close()
+            self._artist = None
 
     def _observation(self) -> Any:
         assert self._state is not None

@@ -1,6 +1,6 @@
 """Many lanes of a World as one native Gymnasium VectorEnv: all lanes share every model call."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -15,9 +15,7 @@ from learneddyn.envs.learned import LearnedEnv, checked_horizon, checked_render_
 from learneddyn.envs.start import Start, start_states
 from learneddyn.envs.worlds import load_world
 from learneddyn.world import World
-
-if TYPE_CHECKING:
-    from learneddyn.world.draw import StateArtist
+from learneddyn.world.draw import StateArtist
 
 
 class LearnedVectorEnv(VectorEnv[Any, Any, Any]):
@@ -160,10 +158,14 @@ class LearnedVectorEnv(VectorEnv[Any, Any, Any]):
         if self._state is None:
             raise gym.error.ResetNeeded("there is no state to draw: call reset() first")
         if self._artist is None:
-            from learneddyn.world.draw import StateArtist
-
             self._artist = StateArtist(self.world.task, *self._size)
         return tuple(self._artist.frame(obs) for obs in self._state.obs)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Release the renderer."""
+        if self._artist is not None:
+            self._artist.close()
+            self._artist = None
 
     @torch.no_grad()
     def _step_with_ends(

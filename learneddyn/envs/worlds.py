@@ -25,8 +25,8 @@ from learneddyn import tasks
 from learneddyn.core import Task, Transitions
 from learneddyn.files import replaced_folder, surviving_folder, write_file
 from learneddyn.models.base import AbstractDynamics
-from learneddyn.world import SAMPLERS, World, all_trusted, within_box
-from learneddyn.world.penalties import PENALTIES
+from learneddyn.world import PENALTIES, SAMPLERS, World, all_trusted, within_box
+from learneddyn.world.truth import TruthDynamics
 
 FORMAT = 1
 TRUTH = "truth:"
@@ -137,8 +137,6 @@ def load_world(name_or_folder: str | Path, device: torch.device | str = "cpu") -
     """
     name = str(name_or_folder)
     if name.startswith(TRUTH):
-        from learneddyn.world.truth import TruthDynamics
-
         task = tasks.get(name.removeprefix(TRUTH))
         return LoadedWorld(World(TruthDynamics(task), task), task.max_episode_steps)
     folder = _shipped() / name if name in world_names() else surviving_folder(Path(name_or_folder))
