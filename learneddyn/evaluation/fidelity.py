@@ -7,7 +7,7 @@ prediction that nothing changes: where a model is no better than that, its imagi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,7 +61,8 @@ class Confusion:
     @property
     def balanced_accuracy(self) -> Float[np.ndarray, "*k"]:
         """Mean of the recall of terminations and of survivals."""
-        return (self.recall + _share(self.true_negative, self.true_negative + self.false_positive)) / 2
+        survived = _share(self.true_negative, self.true_negative + self.false_positive)
+        return np.asarray((self.recall + survived) / 2)
 
     def to_json(self) -> Json:
         """Return a plain dictionary of counts and shares."""
@@ -242,6 +243,7 @@ def fidelity_of_log(
     windows: int = 1000,
     samples: int = 1,
     full: bool = True,
+    reference: Transitions | None = None,
     names: Sequence[str] | None = None,
 ) -> Fidelity:
     """Measure k-step open-loop error on held-out logged episodes, for k = 1 ... horizon.
@@ -250,12 +252,14 @@ def fidelity_of_log(
 
     Args:
         world: the world; its sampler decides how it is rolled.
-        data: held-out experience; its standard deviations normalise the errors.
+        data: held-out experience.
         horizon: steps.
         rng: of windows and world, on the world's device.
         windows: number of starts.
         samples: rollouts per window; the prediction is their mean, so one is a sampled trajectory, noise included.
         full: see `windows_of`.
+        reference: experience whose standard deviations normalise the errors, by default ``data``; give the training
+            data when ``data`` hardly moves, as a balancing agent's does.
         names: of the observation columns.
 
     Raises:
@@ -264,8 +268,7 @@ def fidelity_of_log(
     """
     data = data.to(rng.device)
     log = windows_of(data, horizon, rng=rng, windows=windows, full=full)
-    seen = torch.cat([data.obs, data.next_obs])
-    return _compare(world, log, seen, data.reward, samples, names, rng)
+    return _compare(world, log, data if reference is None else reference, samples, names, rng)
 
 
 def fidelity_of_plans(
@@ -274,7 +277,7 @@ def fidelity_of_plans(
     start: Float[Tensor, "w o"],
     plans: Float[Tensor, "w h a"],
     *,
-    data: Transitions,
+    reference: Transitions,
     rng: torch.Generator,
     samples: int = 1,
     names: Sequence[str] | None = None,
@@ -286,7 +289,7 @@ def fidelity_of_plans(
         truth: the true world, such as ``World(TruthDynamics(task), task)``; steps after its terminations do not count.
         start: start observations.
         plans: actions, for example an agent's own.
-        data: experience whose standard deviations normalise the errors.
+        reference: experience whose standard deviations normalise the errors.
         rng: of both worlds, on their device.
         samples: see `fidelity_of_log`.
         names: of the observation columns.
@@ -299,7 +302,7 @@ def fidelity_of_plans(
         raise ValueError("the true world left the finite numbers on these plans: check start and plans")
     ended = true.terminated.cumsum(dim=1) - true.terminated.long()
     log = Windows(start, plans, true.obs, true.reward, true.terminated, ended == 0)
-    return _compare(world, log, torch.cat([data.obs, data.next_obs]).to(rng.device), data.reward, samples, names, rng)
+    return _compare(world, log, reference, samples, names, rng)
 
 
 @torch.no_grad()
@@ -323,7 +326,7 @@ def step_accuracy(world: World, data: Transitions, *, rng: torch.Generator, batc
         reward_rmse=float(error.square().mean().sqrt()),
         reward_bias=float(error.mean()),
         reward_scale=float(data.reward.double().std(correction=0)),
-        termination=Confusion(*(count[0] for count in vars(by_depth).values())),
+        termination=Confusion(*(count[0, ...] for count in vars(by_depth).values())),
     )
 
 
@@ -337,8 +340,7 @@ def varying_scale(seen: Float[Tensor, "n o"]) -> Float[Tensor, " o"]:
 def _compare(
     world: World,
     log: Windows,
-    seen: Float[Tensor, "n o"],
-    reward: Float[Tensor, " n"],
+    reference: Transitions,
     samples: int,
     names: Sequence[str] | None,
     rng: torch.Generator,
@@ -358,12 +360,12 @@ def _compare(
     alive = log.alive[..., None]
     return Fidelity(
         names=labels,
-        scale=varying_scale(seen).cpu().numpy(),
+        scale=varying_scale(torch.cat([reference.obs, reference.next_obs])).cpu().numpy(),
         rmse=_rmse(predicted - log.next_obs, alive),
         persistence=_rmse(log.start[:, None].double() - log.next_obs, alive),
         windows=log.alive.sum(dim=0).cpu().numpy(),
         reward_rmse=_rmse((promised - log.reward)[..., None], alive)[:, 0],
-        reward_scale=float(reward.double().std(correction=0)),
+        reward_scale=float(reference.reward.double().std(correction=0)),
         termination=_confusion(ended, log.terminated, log.alive),
     )
 
@@ -386,10 +388,9 @@ def _confusion(predicted: Bool[Tensor, "w h"], true: Bool[Tensor, "w h"], alive:
     return Confusion(*((cell & alive).sum(dim=0).cpu().numpy() for cell in cells))
 
 
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def _share(part: np.ndarray, whole: np.ndarray | np.integer[Any]) -> np.ndarray:
     result = np.full(np.shape(whole), np.nan)
-    np.divide(part, whole, out=result, where=np.asarray(whole) > 0)
-    return result
+    return np.divide(part, whole, out=result, where=np.asarray(whole) > 0)
 
 
 def _normalise(rmse: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -407,8 +408,6 @@ def _first(crossed: np.ndarray) -> int | None:
     return int(np.argmax(crossed)) + 1 if crossed.any() else None
 
 
-def _plain(numbers: np.ndarray) -> object:
+def _plain(numbers: np.ndarray) -> Any:
     """Nested lists that JSON can hold: None for NaN and infinities."""
-    if numbers.ndim == 0:
-        return plain(float(numbers))
-    return [_plain(part) for part in numbers]
+    return np.where(np.isfinite(numbers), numbers.astype(object), np.array(None)).tolist()

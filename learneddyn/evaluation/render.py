@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from learneddyn.core import Policy, generator
-from learneddyn.evaluation.returns import batch_of, unpenalised
+from learneddyn.evaluation.returns import batch_of, seeded, unpenalised
 from learneddyn.spaces import Spaces, decode, encode
 from learneddyn.world import World
 from learneddyn.world.draw import StateArtist
@@ -77,7 +77,7 @@ def side_by_side(
     for name, number in (("steps", steps), ("every", every), ("fps", fps), ("panel", panel)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-    with StateArtist(world.task, panel, panel) as artist:
+    with StateArtist(world.task, panel, panel) as artist, seeded(seed):
         real, actions = _real(policy, real_id, steps, seed, deterministic, env_kwargs or {})
         follow = policy if closed_loop and not isinstance(policy, np.ndarray) else actions
         dream = _imagined(follow, world, real.obs[0].to(device), steps, seed, deterministic)
@@ -139,9 +139,10 @@ class _Actor:
     """Flat actions for one lane: from a policy, or from a list that may run out (None)."""
 
     def __init__(self, policy: Policy | np.ndarray, spaces: Spaces, deterministic: bool) -> None:
-        listed = isinstance(policy, np.ndarray)
-        if listed and (policy.ndim != 2 or policy.shape[1] != spaces.action_dim or not len(policy)):
-            raise ValueError(f"actions must have the shape (h >= 1, {spaces.action_dim}), got {policy.shape}")
+        if isinstance(policy, np.ndarray):
+            rows = len(policy) if policy.ndim == 2 and policy.shape[1] == spaces.action_dim else 0
+            if rows == 0:
+                raise ValueError(f"actions must have the shape (h >= 1, {spaces.action_dim}), got {policy.shape}")
         self.policy, self.spaces, self.deterministic = policy, spaces, deterministic
         self.memory: tuple[np.ndarray, ...] | None = None
 

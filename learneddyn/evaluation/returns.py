@@ -133,7 +133,7 @@ def evaluate(
     seeds = np.random.SeedSequence(seed).generate_state(episodes).astype(np.int64)
     envs = [gym.make(real_id, **(env_kwargs or {})) for _ in range(lanes)]
     try:
-        with _seeded(seed):
+        with seeded(seed):
             return _play(policy, envs, seeds, deterministic, record, device)
     finally:
         for env in envs:
@@ -178,7 +178,7 @@ def imagined(
     else:
         obs = start[torch.arange(episodes, device=start.device) % len(start)]
     bare = unpenalised(world)
-    with torch.no_grad(), _seeded(int(torch.randint(2**31, (), generator=rng, device=rng.device))):
+    with torch.no_grad(), seeded(int(torch.randint(2**31, (), generator=rng, device=rng.device))):
         return _imagine(policy, bare, bare.start(obs, rng), horizon, rng, deterministic)
 
 
@@ -400,7 +400,7 @@ def batch_of(space: gym.Space[Any], elements: Sequence[Any]) -> Any:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed the global generators that SB3 policies sample from, and give them back as they were."""
     before = np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
