@@ -5,18 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import minari
 import numpy as np
 import pytest
 import torch
 from env_doubles import Linear
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
 import learneddyn
 from learneddyn import tasks
 from learneddyn.core import Task, Transitions
+from learneddyn.data import collect
 from learneddyn.envs import (
     LearnedEnv,
     LearnedVecEnv,
@@ -269,6 +271,34 @@ def test_the_truth_stands_behind_the_same_environment():
         if two[2]:
             break
     assert env.unwrapped.horizon == 1000
+
+
+def test_lanes_of_the_truth_restart_from_a_fresh_simulator_state(tmp_path: Path):
+    start = torch.tensor([[0.1, 0.05, 0.2, 0.1]])
+    kwargs = {"horizon": 3, "start": start}
+    sync = SyncVectorEnv(
+        [lambda: LearnedEnv(load_world("truth:InvertedPendulum-v5").world, **kwargs)] * 2, autoreset_mode="SameStep"
+    )
+    ours = LearnedVectorEnv(load_world("truth:InvertedPendulum-v5").world, 2, autoreset_mode="SameStep", **kwargs)
+    sync.reset(seed=0)
+    ours.reset(seed=0)
+    for action in np.random.default_rng(0).uniform(-3, 3, (10, 2, 1)).astype(np.float32):
+        for one, two in zip(ours.step(action)[:4], sync.step(action)[:4], strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+def test_minari_recovers_the_environment_a_data_set_was_collected_in(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    settings = {"world": str(folder), "horizon": 6}
+    collect("LearnedDyn-v0", "imagined/car-v0", steps=6, lanes=1, env_kwargs=settings, progress=False)
+    dataset = minari.load_dataset("imagined/car-v0")
+    env = dataset.recover_environment()
+    assert isinstance(env.unwrapped, LearnedEnv)
+    assert env.unwrapped.horizon == 6
+    seed = int(next(iter(dataset.storage.get_episode_metadata([0])))["seed"])
+    np.testing.assert_array_equal(env.reset(seed=seed)[0], dataset[0].observations[0])
 
 
 @pytest.mark.skipif("inverted-pendulum" not in world_names(), reason="the default world is not in this checkout")
