@@ -34,12 +34,12 @@ class Interface:
             raise ValueError(f"num_envs must be at least 1, got {lanes}")
         self.observation, self.action = spaces
         self.lanes, self.device, self._on_cpu = lanes, device, device.type == "cpu"
-        low, high = _bounds(self.action)
+        low, high = _bounds(self.action, 0.0, 1.0)
         slack = np.where(np.isfinite(high - low), TOLERANCE * (high - low), 0.0).astype(np.float32)
         self._action_low, self._action_high = low - slack, high + slack
         # One comparison of the extremes is several times cheaper than one per entry, and bounds are mostly uniform.
         self._uniform = bool((low == low[0]).all() and (high == high[0]).all()) if len(low) else False
-        low, high = _bounds(self.observation)
+        low, high = _bounds(self.observation, -np.inf, np.inf)
         self._obs_low, self._obs_high = torch.from_numpy(low).to(device), torch.from_numpy(high).to(device)
         self._bounded = bool(np.isfinite(low).any() or np.isfinite(high).any())
 
@@ -158,8 +158,8 @@ def batch_of_one(space: gym.Space[Any], element: Any) -> Any:
     return np.asarray(element)[None]
 
 
-def _bounds(space: gym.Space[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the bounds of the flat columns, float32, rounded into the space."""
+def _bounds(space: gym.Space[Any], lowest: float, highest: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bounds of the flat columns, float32, rounded into the space; columns of no Box get the two given."""
     match space:
         case gs.Box():
             low, high = space.low.reshape(-1), space.high.reshape(-1)
@@ -168,9 +168,10 @@ def _bounds(space: gym.Space[Any]) -> tuple[np.ndarray, np.ndarray]:
             low32 = np.where(low32 < low, np.nextafter(low32, np.float32(np.inf)), low32)
             return low32, np.where(high32 > high, np.nextafter(high32, np.float32(-np.inf)), high32)
         case gs.Dict():
-            parts = [_bounds(part) for part in space.spaces.values()]
+            parts = [_bounds(part, lowest, highest) for part in space.spaces.values()]
         case gs.Tuple():
-            parts = [_bounds(part) for part in space.spaces]
+            parts = [_bounds(part, lowest, highest) for part in space.spaces]
         case _:
-            return np.zeros(flat_dim(space), np.float32), np.ones(flat_dim(space), np.float32)
+            columns = flat_dim(space)
+            return np.full(columns, lowest, np.float32), np.full(columns, highest, np.float32)
     return np.concatenate([low for low, _ in parts]), np.concatenate([high for _, high in parts])

@@ -259,13 +259,11 @@ def make_vector_env(
         WorldFileError: no such world, or one that cannot be read.
     """
     loaded = load_world(world, device)
-    limits = [
-        limit for limit in (loaded.horizon if horizon is None else horizon, max_episode_steps) if limit is not None
-    ]
+    horizon = checked_horizon(loaded.horizon if horizon is None else horizon, loaded.world)
     return LearnedVectorEnv(
         loaded.world,
         num_envs,
-        horizon=min(limits),
+        horizon=horizon if max_episode_steps is None else min(horizon, max_episode_steps),
         start=loaded.starts(start),
         autoreset_mode=autoreset_mode,
         output=output,

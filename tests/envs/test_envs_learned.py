@@ -201,3 +201,16 @@ def test_bad_discrete_actions_are_named(action: object, says: str):
     env.reset(seed=0)
     with pytest.raises(InvalidAction, match=says):
         env.step(action)
+
+
+def test_multi_binary_actions_are_zero_or_one():
+    env = LearnedEnv(linear_world(spaces=Spaces(BOX.observation, spaces.MultiBinary(3))))
+    env.reset(seed=0)
+    with pytest.raises(InvalidAction, match=r"entry 2 is 2\.0, allowed are"):
+        env.step(np.array([0, 1, 2]))
+
+
+def test_a_category_is_the_likeliest_one_however_large_the_model_says_it_is():
+    env = LearnedEnv(linear_world(spaces=Spaces(spaces.Discrete(3), BOX.action), task=ANY_TASK), start=torch.ones(1, 3))
+    env.reset(seed=0)
+    assert env.step(np.array([0, 0.2, 0], np.float32))[0] == 1

@@ -193,6 +193,11 @@ def test_make_vec_passes_its_settings_on(folder: Path):
     ).unwrapped
     assert (env.horizon, env.autoreset_mode, env.output) == (3, AutoresetMode.SAME_STEP, "torch")
     assert gym.make_vec("LearnedDyn-v0", 2, world=str(folder), horizon=7).unwrapped.horizon == 7
+    save_world(folder, model_and_data()[0], task=REAL_ID)
+    limit = tasks.get(REAL_ID).max_episode_steps
+    assert gym.make_vec("LearnedDyn-v0", 2, world=str(folder)).unwrapped.horizon == limit
+    assert gym.make_vec("LearnedDyn-v0", 2, world=str(folder), max_episode_steps=limit + 1).unwrapped.horizon == limit
+    assert gym.make("LearnedDyn-v0", world=str(folder)).unwrapped.horizon == limit
     with pytest.raises(ValueError, match="num_envs must be at least 1, got 0"):
         gym.make_vec("LearnedDyn-v0", 0, world=str(folder))
 
