@@ -139,7 +139,7 @@ def sample_crps(y: Float[Tensor, "*b"], samples: Float[Tensor, "s *b"]) -> Float
     if count < 2:
         raise ValueError(f"the fair CRPS needs at least two samples, got {count}")
     ordered = samples.sort(dim=0).values
-    weight = 2 * torch.arange(count, device=y.device, dtype=y.dtype) - count + 1
+    weight = 2 * torch.arange(count, device=y.device, dtype=samples.dtype) - count + 1
     pairs = torch.tensordot(weight, ordered, dims=1)
     return (samples - y).abs().mean(dim=0) - pairs / (count * (count - 1))
 

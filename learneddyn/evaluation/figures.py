@@ -5,7 +5,7 @@ Built on matplotlib's Figure objects: no pyplot, no figure outlives its function
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -21,17 +21,17 @@ MODEL, PERSISTENCE, REAL = "#e07a2f", "#8a94a6", "#2f7fd1"
 SERIES = ("#2f7fd1", "#e07a2f", "#2a9d77", "#b05bc0", "#c9495a", "#8f8420", "#5b6ee1", "#5e8fa3")
 _INK = "#010203"
 _TOO_MANY = 12
-Curve = tuple[Sequence[float], Sequence[float]]
+Curve = tuple[Any, Any]
 
 
 def error_against_horizon(fidelity: Fidelity) -> str:
     """Plot the overall error and that of persistence, and mark the break-even horizon."""
-    figure, [axes] = _figure("overall", 1)
+    figure, [axes] = _figure(1)
     steps = np.arange(1, fidelity.horizon + 1)
     _error_lines(axes, steps, fidelity.overall, fidelity.persistence_overall, fidelity.break_even_horizon)
     _label(axes, "steps imagined without looking", "error / std of the data")
     _legend(axes)
-    return svg(figure, "error-overall")
+    return svg(figure)
 
 
 def error_per_column(fidelity: Fidelity) -> str:
@@ -42,30 +42,30 @@ def error_per_column(fidelity: Fidelity) -> str:
         return ""
     if len(shown) > _TOO_MANY:
         return _error_map(fidelity, shown)
-    figure, panels = _figure("columns", len(shown), height=1.5)
+    figure, panels = _figure(len(shown), height=1.5)
     for axes, i in zip(panels, shown, strict=False):
         mark = fidelity.break_even[i]
         _error_lines(axes, steps, fidelity.error[:, i], fidelity.persistence_error[:, i], mark)
         axes.set_title(fidelity.names[i], fontsize=8, color=_INK, pad=3)
-    return svg(figure, "error-columns")
+    return svg(figure)
 
 
 def reward_error(fidelity: Fidelity) -> str:
     """Plot the reward error against horizon, beside the spread of the logged reward."""
-    figure, [axes] = _figure("reward", 1)
+    figure, [axes] = _figure(1)
     steps = np.arange(1, fidelity.horizon + 1)
     axes.plot(steps, _drawable(fidelity.reward_rmse), color=MODEL, label="reward error (rms)")
     axes.axhline(fidelity.reward_scale, color=PERSISTENCE, linestyle="--", label="spread of the logged reward")
     _label(axes, "steps imagined without looking", "reward units")
     axes.set_ylim(bottom=0)
     _legend(axes)
-    return svg(figure, "reward-error")
+    return svg(figure)
 
 
 def pit_histograms(calibration: Calibration) -> str:
     """Plot where the truth fell in the predictive distribution: flat is calibrated, a U is overconfident."""
     picks = np.unique(np.linspace(0, len(calibration.horizons) - 1, 4).round().astype(int))
-    figure, panels = _figure("pit", len(picks), height=1.5)
+    figure, panels = _figure(len(picks), height=1.5)
     for axes, i in zip(panels, picks, strict=False):
         counts = calibration.pit[i]
         share = counts / max(1, counts.sum()) * len(counts)
@@ -77,12 +77,12 @@ def pit_histograms(calibration: Calibration) -> str:
         axes.set_yticks([0, 1])
         axes.set_ylim(0, max(2.0, float(share.max()) * 1.05))
         axes.set_xticks([0, 0.5, 1])
-    return svg(figure, "pit")
+    return svg(figure)
 
 
 def coverage_against_horizon(calibration: Calibration) -> str:
     """Plot how often the central intervals hold the truth, beside what they promise."""
-    figure, [axes] = _figure("coverage", 1)
+    figure, [axes] = _figure(1)
     for color, (level, coverage) in zip(SERIES, calibration.mean_coverage.items(), strict=False):
         axes.plot(calibration.horizons, _drawable(coverage), "o-", color=color, label=f"{level:.0%} interval")
         axes.axhline(level, color=color, linestyle="--", linewidth=1, alpha=0.6)
@@ -92,23 +92,23 @@ def coverage_against_horizon(calibration: Calibration) -> str:
     axes.minorticks_off()
     _label(axes, "steps ahead", "share of truths inside")
     _legend(axes)
-    return svg(figure, "coverage")
+    return svg(figure)
 
 
 def learning_curves(name: str, curves: Mapping[str, Curve], x_label: str = "steps") -> str:
     """Plot named curves ``(x, y)`` on one pair of axes."""
-    figure, [axes] = _figure(name, 1)
+    figure, [axes] = _figure(1)
     for color, (label, (x, y)) in zip(SERIES * (1 + len(curves) // len(SERIES)), curves.items(), strict=False):
         axes.plot(x, _drawable(np.asarray(y, dtype=float)), color=color, label=label, linewidth=1.4)
     _label(axes, x_label, name)
     _legend(axes)
-    return svg(figure, f"curve-{name}")
+    return svg(figure)
 
 
-def svg(figure: Figure, salt: str) -> str:
+def svg(figure: Figure) -> str:
     """Return a figure as one inline ``<svg>``: no XML header, no outside address, ink from the page."""
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "learneddyn"}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     body = text.getvalue()
     body = body[body.index("<svg") :]
@@ -119,7 +119,7 @@ def svg(figure: Figure, salt: str) -> str:
     return body.replace(_INK, "currentColor").replace("<svg", '<svg role="img"', 1)
 
 
-def _figure(name: str, panels: int, *, height: float = 2.5) -> tuple[Figure, list[Axes]]:
+def _figure(panels: int, *, height: float = 2.5) -> tuple[Figure, list[Axes]]:
     """Panels in two columns, or one alone, at the width of a phone."""
     columns = min(panels, 2)
     rows = -(-panels // columns)
@@ -170,7 +170,7 @@ def _error_map(fidelity: Fidelity, shown: list[int]) -> str:
     bar.ax.tick_params(colors=_INK, labelsize=6)
     bar.set_label("error / persistence (1: break-even)", fontsize=7, color=_INK)
     axes.set_xlabel("steps imagined without looking", fontsize=8, color=_INK)
-    return svg(figure, "error-map")
+    return svg(figure)
 
 
 def _label(axes: Axes, x: str, y: str) -> None:

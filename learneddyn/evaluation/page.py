@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -50,8 +51,16 @@ def page(report: Report) -> str:
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{escape(report.title)}</title><style>{css}</style></head>\n<body><main>"
-        + "\n".join(part for part in body if part)
+        + _apart("\n".join(part for part in body if part))
         + "</main></body></html>\n"
+    )
+
+
+def _apart(html: str) -> str:
+    """Give every figure its own ids: a browser resolves a reference to the first element of that name on the page."""
+    parts = html.split("<svg")
+    return parts[0] + "".join(
+        "<svg" + re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>g{number}-", part) for number, part in enumerate(parts[1:])
     )
 
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +22,8 @@ from learneddyn.evaluation.stats import Estimate, bootstrap_difference, bootstra
 from learneddyn.files import write_file
 
 FORMAT = 1
-Curves = Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
-"""Figure title -> curve name -> (x, y)."""
+Curves = Mapping[str, Mapping[str, tuple[Any, Any]]]
+"""Figure title -> curve name -> (x, y), any sequences of numbers."""
 
 
 class Verdict(StrEnum):
@@ -307,5 +308,5 @@ def _versions() -> dict[str, str]:
     return known | {name: metadata.version(name) for name in names}
 
 
-def _numbers(values: Sequence[float]) -> list[float | None]:
+def _numbers(values: Any) -> list[float | None]:
     return [plain(float(value)) for value in values]

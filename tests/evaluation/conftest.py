@@ -40,7 +40,7 @@ class Constant:
         return np.repeat(self.action[None], len(observation), axis=0), state
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def linear():
     return Linear
 

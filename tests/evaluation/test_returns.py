@@ -97,6 +97,41 @@ def test_a_stochastic_policy_is_reproducible_and_leaves_the_global_generators_al
     assert torch.equal(before, torch.get_rng_state())
 
 
+class Clock(gym.Env):
+    """Dict observations and a Discrete action; pays the action and ends after four steps."""
+
+    observation_space = gym.spaces.Dict(
+        {"time": gym.spaces.Box(0, 9, (2,), np.float32), "kind": gym.spaces.Discrete(3)}
+    )
+    action_space = gym.spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time, self.kind = 0, int(self.np_random.integers(3))
+        return self.seen(), {}
+
+    def step(self, action):
+        self.time += 1
+        return self.seen(), float(action), self.time == 4, False, {}
+
+    def seen(self):
+        return {"time": np.full(2, self.time, np.float32), "kind": self.kind}
+
+
+def test_dict_observations_and_discrete_actions():
+    gym.register("Clock-v0", Clock, max_episode_steps=10, disable_env_checker=True)
+    try:
+        agent = PPO("MultiInputPolicy", gym.make("Clock-v0"), device="cpu", seed=0, n_steps=8, batch_size=8)
+        got = evaluate(agent, "Clock-v0", episodes=5, lanes=2, record=True)
+    finally:
+        del gym.registry["Clock-v0"]
+    assert got.lengths.tolist() == [4] * 5
+    rows = got.transitions
+    assert rows.obs.shape == (20, 5)
+    assert torch.equal(rows.reward, rows.action.argmax(dim=1).float())
+    assert (got.starts[:, :3].sum(dim=1) == 1).all(), "the kind is one-hot"
+
+
 def test_more_episodes_continue_the_same_list():
     few, many = (evaluate(Balance(), "CartPole-v1", episodes=n, seed=1).returns for n in (3, 6))
     np.testing.assert_array_equal(few, many[:3])
