@@ -14,6 +14,7 @@ from learneddyn.evaluation import figures
 from learneddyn.evaluation.calibration import Calibration
 from learneddyn.evaluation.fidelity import Fidelity, StepAccuracy
 from learneddyn.evaluation.report import Headline, Report, Round, Verdict
+from learneddyn.evaluation.returns import Mismatch
 from learneddyn.evaluation.stats import Estimate
 
 _SAYS = {
@@ -43,6 +44,7 @@ def page(report: Report) -> str:
             "Does the model know what it does not know",
             "".join(_calibration(*part) for part in report.calibration.items()),
         ),
+        _section("Does a likelier model earn more", _mismatch(report.mismatch)),
         _section("Learning", _curves(report)),
         _section("Notes", "".join(f"<p>{escape(note)}</p>" for note in report.notes)),
         _section("Configuration and versions", _config(report)),
@@ -234,6 +236,18 @@ def _accuracy(accuracy: Mapping[str, StepAccuracy]) -> str:
         )
     head = ("data", "rows", "reward error", "reward bias", "terminations", "precision", "recall", "balanced accuracy")
     return _card(_table(head, rows))
+
+
+def _mismatch(mismatch: Mismatch | None) -> str:
+    if mismatch is None:
+        return ""
+    rows = [("Pearson", _cell(mismatch.pearson)), ("Spearman", _cell(mismatch.spearman))]
+    if mismatch.spearman_top is not None:
+        rows.append(("Spearman, better half of the returns", _cell(mismatch.spearman_top)))
+    return (
+        f"<p class='soft'>Correlation of the held-out negative log-likelihood with the real return, {mismatch.models} "
+        "models. Negative: a likelier model earns more.</p>" + _card(_table(("correlation", "value"), rows))
+    )
 
 
 def _curves(report: Report) -> str:

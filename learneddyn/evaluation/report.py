@@ -17,7 +17,7 @@ import learneddyn
 from learneddyn.core import Json
 from learneddyn.evaluation.calibration import Calibration
 from learneddyn.evaluation.fidelity import Fidelity, StepAccuracy
-from learneddyn.evaluation.returns import Gap, Imagined, Returns, real_vs_imagined
+from learneddyn.evaluation.returns import Gap, Imagined, Mismatch, Returns, real_vs_imagined
 from learneddyn.evaluation.stats import Estimate, bootstrap_difference, bootstrap_interval, plain
 from learneddyn.files import write_file
 
@@ -204,6 +204,7 @@ class Report:
     fidelity: Mapping[str, Fidelity]
     calibration: Mapping[str, Calibration]
     accuracy: Mapping[str, StepAccuracy]
+    mismatch: Mismatch | None
     curves: Curves
     figures: Mapping[str, bytes]
     gif: bytes | None
@@ -224,6 +225,7 @@ class Report:
             "fidelity": {name: part.to_json() for name, part in self.fidelity.items()},
             "calibration": {name: part.to_json() for name, part in self.calibration.items()},
             "accuracy": {name: part.to_json() for name, part in self.accuracy.items()},
+            "mismatch": self.mismatch.to_json() if self.mismatch else None,
             "curves": {
                 title: {name: {"x": _numbers(x), "y": _numbers(y)} for name, (x, y) in lines.items()}
                 for title, lines in self.curves.items()
@@ -242,6 +244,7 @@ def write_report(
     fidelity: Mapping[str, Fidelity] | None = None,
     calibration: Mapping[str, Calibration] | None = None,
     accuracy: Mapping[str, StepAccuracy] | None = None,
+    mismatch: Mismatch | None = None,
     curves: Curves | None = None,
     figures: Mapping[str, bytes] | None = None,
     gif: str | Path | bytes | None = None,
@@ -260,6 +263,7 @@ def write_report(
         fidelity: open-loop errors, keyed by the data they were measured on.
         calibration: keyed alike.
         accuracy: one-step reward and termination accuracy, keyed alike.
+        mismatch: correlation of the models' likelihood with return, over many models.
         curves: learning curves: figure title -> curve name -> (x, y).
         figures: further pictures, caption -> PNG, GIF, JPEG or SVG file content.
         gif: side-by-side video, a path or file content.
@@ -279,6 +283,7 @@ def write_report(
         fidelity=fidelity or {},
         calibration=calibration or {},
         accuracy=accuracy or {},
+        mismatch=mismatch,
         curves=curves or {},
         figures=figures or {},
         gif=gif if isinstance(gif, bytes | None) else Path(gif).read_bytes(),

@@ -19,6 +19,7 @@ from learneddyn.evaluation import (
     cloud_calibration,
     fidelity_of_log,
     judge,
+    objective_mismatch,
     one_step_calibration,
     step_accuracy,
     write_report,
@@ -157,6 +158,7 @@ def everything(measured):
         "title": "Line <b>&</b> order",
         "rounds": {0: [round_of(1000, 75, 0), round_of(1000, 990, 1)], 1: [round_of(800, 1000)]},
         **measured,
+        "mismatch": objective_mismatch(np.arange(9.0), -np.arange(9.0)),
         "curves": {"imagined return": {"seed 0": ([0, 1, 2], [1.0, float("nan"), 3.0])}},
         "gif": gif(),
         "target": 950.0,
@@ -210,6 +212,7 @@ def test_metrics_round_trip(tmp_path, measured):
     assert metrics["fidelity"]["held-out"]["overall"] == measured["fidelity"]["held-out"].overall.tolist()
     assert metrics["calibration"]["clouds"]["horizons"] == [1, 4]
     assert metrics["curves"]["imagined return"]["seed 0"]["y"] == [1.0, None, 3.0]
+    assert metrics["mismatch"]["spearman"]["value"] == -1
     assert metrics["config"] == given["config"]
     assert {"torch", "gymnasium", "mujoco", "learneddyn"} <= metrics["versions"].keys()
 
