@@ -1,0 +1,89 @@
+"""Every public class keeps its contract. A new model, sampler, penalty, task, environment or world enrols by itself."""
+
+import inspect
+import warnings
+
+import gymnasium as gym
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import learneddyn.models
+from learneddyn import tasks
+from learneddyn.core import Task, generator
+from learneddyn.envs.worlds import load_world, world_names
+from learneddyn.models import AbstractDynamics, ProbabilisticEnsemble
+from learneddyn.testing import check_dynamics, check_world, example_transitions
+from learneddyn.world import PENALTIES, SAMPLERS, World
+from learneddyn.world.truth import TruthDynamics
+
+MODELS = [
+    model
+    for model in (getattr(learneddyn.models, name) for name in learneddyn.models.__all__)
+    if isinstance(model, type) and issubclass(model, AbstractDynamics) and not inspect.isabstract(model)
+]
+QUICK = {"max_epochs": 2, "num_members": 3, "num_elites": 2}
+"""Arguments that keep a fit short, for the models that take them."""
+HEADS = {"learn_reward": True, "learn_termination": True}
+ENVS = [spec.id for spec in gym.registry.values() if str(spec.entry_point).startswith("learneddyn.")]
+
+
+def taken(model, arguments):
+    return {name: value for name, value in arguments.items() if name in inspect.signature(model).parameters}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models(model):
+    check_dynamics(lambda: model(**taken(model, QUICK)))
+    if taken(model, HEADS):
+        check_dynamics(lambda: model(**taken(model, QUICK | HEADS)))
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    model = ProbabilisticEnsemble(hidden=[16], weight_decay=1e-5, **QUICK, **HEADS)
+    model.fit(example_transitions(), rng=generator(0))
+    return model
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers(fitted, sampler):
+    check_world(World(fitted, Task("Example-v0"), sampler=sampler))
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_penalties(fitted, name):
+    check_world(World(fitted, Task("Example-v0"), penalty=PENALTIES[name], penalty_weight=0.1))
+
+
+@pytest.mark.parametrize("real_id", tasks.names())
+def test_tasks_in_the_truth(real_id):
+    truth = TruthDynamics(real_id, threads=1)
+    check_world(World(truth, tasks.get(real_id)))
+    truth.close()
+
+
+def test_truth_is_a_dynamics_model():
+    truth = TruthDynamics("Pendulum-v1", threads=1)
+    check_dynamics(truth)
+    truth.close()
+
+
+@pytest.mark.parametrize("name", world_names())
+def test_shipped_worlds(name):
+    loaded = load_world(name)
+    check_dynamics(loaded.world.dynamics)
+    check_world(loaded.world, None if loaded.start is None else loaded.start[:6])
+
+
+@pytest.mark.parametrize("env_id", ENVS)
+def test_environments(env_id):
+    env = gym.make(env_id, world="truth:MountainCarContinuous-v0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(env.unwrapped, skip_render_check=True)
+    env.close()
+
+
+def test_there_is_something_to_check():
+    assert ProbabilisticEnsemble in MODELS
+    assert "LearnedDyn-v0" in ENVS
