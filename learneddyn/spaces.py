@@ -6,6 +6,7 @@ the order of their keys are equal to Gymnasium, so they must have the same colum
 batched and inverse to each other (`decode` takes the largest entry of a one-hot block, so it also reads a softmax).
 """
 
+import math
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -51,7 +52,7 @@ def flat_dim(space: gym.Space[Any]) -> int:
     """
     match space:
         case spaces.Box() | spaces.MultiBinary():
-            return int(np.prod(space.shape))
+            return math.prod(space.shape)
         case spaces.Discrete():
             return int(space.n)
         case spaces.MultiDiscrete():
