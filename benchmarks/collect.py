@@ -4,13 +4,14 @@
 
 Every rate is transitions (reset rows do not count) per second of CPU time of this process, making the environments
 included. The contestants take turns, so that a busy machine slows all of them; the table shows the median over the
-repeats. The bare vector env is Gymnasium's SyncVectorEnv with its default settings, stepped with actions that were drawn
-beforehand and with nothing kept. "saved" includes writing the Minari data set, as does Minari's collector, which takes
-one single env.
+repeats. The bare vector env is Gymnasium's SyncVectorEnv with its default settings, stepped with actions that were
+drawn beforehand and with nothing kept. "saved" includes writing the Minari data set, as does Minari's collector, which
+takes one single env.
 """
 
 import argparse
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -21,6 +22,7 @@ import gymnasium as gym
 import minari
 import numpy as np
 from gymnasium.vector import SyncVectorEnv
+from minari.storage import get_dataset_path
 
 from learneddyn.data import collect
 
@@ -64,7 +66,7 @@ def minaris(env_id: str, steps: int, lanes: int) -> float:
             env.reset()
     env.create_dataset("benchmark/minari-v0")
     rate = steps / (time.process_time() - start)
-    minari.delete_dataset("benchmark/minari-v0")
+    shutil.rmtree(get_dataset_path("benchmark/minari-v0"))
     env.close()
     return rate
 

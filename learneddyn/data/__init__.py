@@ -1,7 +1,7 @@
 """Logged experience: Minari data sets, your own logs, and a fast collector for real environments."""
 
 from learneddyn.data.collect import collect
-from learneddyn.data.grades import GradeNotReached, collect_grade
+from learneddyn.data.grades import GradeNotReached, algorithm_class, collect_grade
 from learneddyn.data.logs import from_arrays, from_csv, from_parquet
 from learneddyn.data.minari import DatasetExists, DatasetNotFound, load, save
 
@@ -9,6 +9,7 @@ __all__ = [
     "DatasetExists",
     "DatasetNotFound",
     "GradeNotReached",
+    "algorithm_class",
     "collect",
     "collect_grade",
     "from_arrays",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 from tqdm import tqdm
 
 from learneddyn.core import Policy, Transitions
@@ -52,7 +52,8 @@ def collect(
     Episodes are numbered in the order in which they start (lanes of one step from left to right); the last one of each
     lane is cut off, not terminated. The same arguments give the same rows. With an id, a function or a single env, each
     episode has its own reset seed, stored in the Minari data set, so that any of them can be replayed alone. Actions
-    are rounded to float32 before they are executed, so that the stored action is the executed one.
+    are rounded to float32 before they are executed, so that the stored action is the executed one. Minari's
+    ``recover_environment`` makes one env of the kind stepped here, if the env or vector env has a spec.
 
     Memory: ``8 (2 o + a + 1) + 18`` bytes a step at the end (o, a: flat columns of observation and action).
 
@@ -103,11 +104,43 @@ def collect(
             vector.close()
 
 
-class _Lanes(SyncVectorEnv[Any, Any]):
-    """A SyncVectorEnv that does not gather infos: nobody reads them here, and gathering them costs time every step."""
+class _Lanes(VectorEnv[Any, Any, Any]):
+    """Environments stepped in turn, without what SyncVectorEnv adds and nobody needs here: infos, copies, autoreset."""
 
-    def _add_info(self, vector_infos: dict[str, Any], env_info: dict[str, Any], env_num: int) -> dict[str, Any]:
-        return vector_infos
+    def __init__(self, makers: Sequence[Callable[[], gym.Env[Any, Any]]]) -> None:
+        self.metadata = {"autoreset_mode": AutoresetMode.DISABLED}
+        self.envs = [make() for make in makers]
+        first, self.num_envs = self.envs[0], len(self.envs)
+        self.spec = first.spec
+        self.single_observation_space, self.single_action_space = first.observation_space, first.action_space
+        for env in self.envs:
+            if (env.observation_space, env.action_space) != (first.observation_space, first.action_space):
+                raise ValueError(f"all lanes must have the same spaces, got {first} and {env}")
+        self.action_space = batch_space(first.action_space, self.num_envs)
+        self.obs: list[Any] = [None] * self.num_envs
+        self.batch: Any = create_empty_array(first.observation_space, self.num_envs)
+        self.reward, self.ends = np.zeros(self.num_envs), np.zeros((2, self.num_envs), bool)
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset the lanes of ``options["reset_mask"]``, or all, with one seed for each lane."""
+        lanes = range(self.num_envs) if options is None else np.flatnonzero(options["reset_mask"])
+        for lane in lanes:
+            self.obs[lane], _ = self.envs[lane].reset(seed=seed[lane])
+        self.batch = concatenate(self.single_observation_space, self.obs, self.batch)
+        return self.batch, {}
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Step every lane; the arrays returned are overwritten by the next call."""
+        terminated, truncated = self.ends
+        for lane, action in enumerate(iterate(self.action_space, actions)):
+            self.obs[lane], self.reward[lane], terminated[lane], truncated[lane], _ = self.envs[lane].step(action)
+        self.batch = concatenate(self.single_observation_space, self.obs, self.batch)
+        return self.batch, self.reward, terminated, truncated, {}
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Close the environments."""
+        for env in self.envs:
+            env.close()
 
 
 def _vector(env: EnvSource, lanes: int, kwargs: dict[str, Any]) -> VectorEnv[Any, Any, Any]:
@@ -121,12 +154,12 @@ def _vector(env: EnvSource, lanes: int, kwargs: dict[str, Any]) -> VectorEnv[Any
         makers = [lambda: gym.make(env, **kwargs)] * lanes
     else:
         makers = [env] * lanes
-    return _Lanes(makers, copy=False, autoreset_mode=AutoresetMode.DISABLED)
+    return _Lanes(makers)
 
 
 def _single_spec(vector: VectorEnv[Any, Any, Any]) -> EnvSpec | None:
     """Return the spec of one environment of the vector, or None if it was not made from a spec."""
-    if isinstance(vector, SyncVectorEnv):
+    if isinstance(vector, _Lanes | SyncVectorEnv):
         return vector.envs[0].spec
     spec = deepcopy(vector.spec)
     if spec is None or "wrappers" in spec.kwargs:
@@ -180,7 +213,7 @@ class _Actor:
 
     def act(self, obs: Any, started: np.ndarray) -> np.ndarray:
         """Return actions ``[lanes, flat]`` for observations in the env's own form; ``started`` marks first steps."""
-        if len(self.policies) > 1 and started.any():
+        if len(self.policies) > 1 and np.count_nonzero(started):
             self.which[started] = self.rng.choice(len(self.policies), started.sum(), p=self.share)
         uniform = self._uniform()
         if self.policies == [None]:
@@ -245,23 +278,23 @@ def _roll(
     obs, _ = reset(seed=list(seeds) if seeded else seed)
     episode, episodes = np.zeros(lanes, np.int64), 0
     started, resting = np.ones(lanes, bool), np.zeros(lanes, bool)
-    filled, step = 0, vector.step
+    filled, step, count_true = 0, vector.step, np.count_nonzero
     while filled < steps:
-        if started.any():
-            fresh = int(started.sum())
-            episode[started] = episodes + np.arange(fresh)
+        if fresh := int(count_true(started)):
+            episode[started] = np.arange(episodes, episodes + fresh)
             episodes += fresh
         # A resting lane (NEXT_STEP mode) is only reset by this step: it yields no row.
-        pick = slice(lanes) if not resting.any() else np.flatnonzero(~resting)
-        count = min(steps - filled, lanes - int(resting.sum()))
-        pick, rows = (slice(count) if isinstance(pick, slice) else pick[:count]), slice(filled, filled + count)
+        rest = int(count_true(resting))
+        count = min(steps - filled, lanes - rest)
+        pick: Any = np.flatnonzero(~resting)[:count] if rest else slice(count)
+        rows = slice(filled, filled + count)
         action = actor.act(obs, started)
         obs_rows[rows] = encode(spaces.observation, obs)[pick]
         action_rows[rows], episode_rows[rows] = action[pick], episode[pick]
 
         obs, reward, terminated, truncated, info = step(decode(spaces.action, action))
         after, done = encode(spaces.observation, obs), (terminated | truncated) & ~resting
-        ended = bool(done.any())
+        ended = int(count_true(done))
         if ended and mode is AutoresetMode.SAME_STEP:
             after = after.copy()
             after[done] = _final(spaces.observation, info["final_obs"], done)
@@ -270,8 +303,11 @@ def _roll(
         bar.update(count)
 
         if ended and seeded:
-            lane_seeds = draw.integers(2**31, size=lanes).tolist()
-            seeds += [lane_seeds[lane] for lane in np.flatnonzero(done)]
+            new = draw.integers(2**31, size=ended).tolist()
+            seeds += new
+            lane_seeds: list[int | None] = [None] * lanes
+            for lane, lane_seed in zip(np.flatnonzero(done), new, strict=True):
+                lane_seeds[lane] = lane_seed
             obs, _ = reset(seed=lane_seeds, options={"reset_mask": done})
         started, resting = (resting, done) if mode is AutoresetMode.NEXT_STEP else (done, resting)
 

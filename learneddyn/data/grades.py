@@ -109,7 +109,7 @@ def collect_grade(
         return collect(env_id, dataset_id, behaviour=trained.policy, algorithm=algorithm, description=told, **common)
     data = trained.record[-steps:]
     if dataset_id is not None:
-        spec = gym.spec(env_id)
+        spec = deepcopy(gym.spec(env_id))
         spec.kwargs.update(env_kwargs or {})
         save(data, dataset_id, env_id=spec, algorithm=algorithm, description=told, overwrite=overwrite)
     return data
@@ -141,7 +141,7 @@ def train(
     recorder, judge = _Recorder(gym.make(env_id, **(env_kwargs or {}))), Monitor(gym.make(env_id, **(env_kwargs or {})))
     judge.reset(seed=seed + 1)
     kind = "MultiInputPolicy" if isinstance(recorder.observation_space, gym.spaces.Dict) else "MlpPolicy"
-    model = _algorithm(algorithm)(kind, recorder, seed=seed, **(algorithm_kwargs or {}))
+    model = algorithm_class(algorithm)(kind, recorder, seed=seed, **(algorithm_kwargs or {}))
     every = max(1, train_steps // _EVALUATIONS)
 
     def measure() -> float:
@@ -179,7 +179,12 @@ def _medium_return(env_id: str, fraction: float) -> float:
     return entry.random + fraction * (entry.expert - entry.random)
 
 
-def _algorithm(name: str) -> Any:
+def algorithm_class(name: str) -> Any:
+    """Return the Stable-Baselines3 or sb3-contrib algorithm of that name.
+
+    Raises:
+        ValueError: there is none; lists the names.
+    """
     import sb3_contrib
     import stable_baselines3
     from stable_baselines3.common.base_class import BaseAlgorithm

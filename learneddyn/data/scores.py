@@ -26,15 +26,40 @@ class Reference(NamedTuple):
     source: str
 
 
-_D4RL = (
-    "random and expert: D4RL (Fu et al., 2020), d4rl/infos.py, measured on the older MuJoCo tasks of OpenAI Gym; "
-    "customary for the later versions of the task, whose reward differs slightly"
-)
 _MEASURED = "random: mean of 100 episodes, seeds 0 to 99, by `python -m learneddyn.data.scores --episodes 100`"
-_THRESHOLD = "expert: the return at which Gymnasium calls the task solved (EnvSpec.reward_threshold)"
-_NO_EXPERT = "expert: no citable figure"
+_THRESHOLD = f"{_MEASURED}; expert: the return at which Gymnasium calls the task solved (EnvSpec.reward_threshold)"
+_NOBODY = f"{_MEASURED}; expert: no citable figure"
 
-REFERENCES: dict[str, Reference] = {}
+
+def _d4rl(measured: float) -> str:
+    return (
+        "random, expert: D4RL (Fu et al., 2020), d4rl/infos.py, from the MuJoCo tasks of OpenAI Gym; customary for "
+        "later versions too, though their rewards differ (random on this version, measured as for the other tasks: "
+        f"{measured})"
+    )
+
+
+def _cap(reason: str) -> str:
+    return f"{_MEASURED}; expert: the most that can be had, {reason}"
+
+
+REFERENCES: dict[str, Reference] = {
+    "Ant-v5": Reference(-47.5, 6000.0, _THRESHOLD),
+    "CartPole-v1": Reference(25.0, 500.0, _cap("a reward of 1 in each of 500 steps")),
+    "HalfCheetah-v5": Reference(-280.178953, 12135.0, _d4rl(-267.7)),
+    "Hopper-v5": Reference(-20.272305, 3234.3, _d4rl(17.0)),
+    "Humanoid-v5": Reference(109.9, None, _NOBODY),
+    "HumanoidStandup-v5": Reference(33361.0, None, _NOBODY),
+    "InvertedDoublePendulum-v5": Reference(50.1, 9100.0, _THRESHOLD),
+    "InvertedPendulum-v5": Reference(5.63, 1000.0, _cap("a reward of 1 in each of 1000 steps")),
+    "MountainCarContinuous-v0": Reference(-33.3, 90.0, _THRESHOLD),
+    "Pendulum-v1": Reference(-1197.2, None, _NOBODY),
+    "Pusher-v5": Reference(-148.5, 0.0, _THRESHOLD),
+    "Reacher-v5": Reference(-42.9, -3.75, _THRESHOLD),
+    "Swimmer-v5": Reference(3.16, 360.0, _THRESHOLD),
+    "Walker2d-v5": Reference(1.629008, 4592.3, _d4rl(1.9)),
+}
+"""Reference returns by Gymnasium id."""
 
 
 def reference(real_id: str) -> Reference:
