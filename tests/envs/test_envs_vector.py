@@ -240,3 +240,15 @@ def test_memory_of_a_restarted_lane_is_fresh():
         env.step(np.array([[1, 0, 0], [0, 0, 0]], np.float32))
         counts.append(env._state.memory[:, 0].tolist())
     assert counts == [[1, 1], [2, 2], [3, 3], [0, 4], [1, 5], [2, 6]]
+
+
+def test_a_restarted_lane_draws_its_member_anew():
+    """Under TSinf an episode keeps its member (member 1 drifts by 0.01 a step); over episodes both must turn up."""
+    env = LearnedVectorEnv(linear_world(sampler="tsinf"), 2, autoreset_mode="SameStep", horizon=2, start=START)
+    env.reset(seed=0)
+    drifts = []
+    for _ in range(20):
+        env.step(np.zeros((2, 3)))
+        final = env.step(np.zeros((2, 3)))[4]["final_obs"]
+        drifts += [round(float(obs[2]), 3) for obs in final]
+    assert set(drifts) == {0.0, 0.02}
