@@ -11,6 +11,7 @@ from learneddyn.evaluation.fidelity import (
     open_loop,
     step_accuracy,
 )
+from learneddyn.evaluation.render import side_by_side
 from learneddyn.evaluation.report import Headline, Round, Verdict, judge, write_report
 from learneddyn.evaluation.returns import (
     Gap,
@@ -62,6 +63,7 @@ __all__ = [
     "open_loop",
     "probability_of_improvement",
     "real_vs_imagined",
+    "side_by_side",
     "step_accuracy",
     "stratified_interval",
     "unpenalised",

@@ -162,9 +162,14 @@ class Fidelity:
         }
 
 
-def longest_window(data: Transitions) -> int:
-    """Return the number of rows of the longest unbroken stretch of one episode (0 for no data)."""
-    return int(_remaining(data).max()) if len(data) else 0
+def longest_window(data: Transitions, *, windows: int = 1) -> int:
+    """Return the largest horizon that at least ``windows`` rows can begin an unbroken stretch of; 0 if there is none.
+
+    Ask for a hundred or more where the error at the last horizon should not hang on a few lucky episodes.
+    """
+    if windows < 1:
+        raise ValueError(f"windows must be at least 1, got {windows}")
+    return int(_remaining(data).sort(descending=True).values[windows - 1]) if len(data) >= windows else 0
 
 
 def windows_of(

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from learneddyn.evaluation.calibration import Calibration
 from learneddyn.evaluation.fidelity import Fidelity
@@ -58,6 +59,7 @@ def reward_error(fidelity: Fidelity) -> str:
     axes.axhline(fidelity.reward_scale, color=PERSISTENCE, linestyle="--", label="spread of the logged reward")
     _label(axes, "steps imagined without looking", "reward units")
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     _legend(axes)
     return svg(figure)
 
@@ -146,11 +148,13 @@ def _error_lines(axes: Axes, steps: np.ndarray, model: np.ndarray, still: np.nda
     )
     if mark is not None:
         axes.axvline(mark, color="#d8495c", linewidth=1.4, linestyle=":", label=f"break-even at {mark}")
-    known = np.concatenate([_drawable(model), _drawable(still)])
-    top = 3 * float(np.nanmax(_drawable(still), initial=0.0))
-    highest = float(np.nanmax(known, initial=0.0))
-    # A model that runs away would flatten everything else: cut it at three times persistence.
-    axes.set_ylim(0, max(1e-9, min(highest, top) if top > 0 else highest) * 1.08)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    errors, still = _drawable(model), _drawable(still)
+    highest = float(np.nanmax(np.concatenate([errors, still]), initial=0.0))
+    # A model that runs away would flatten everything else: cut it, but never out of the picture.
+    middle = float(np.nanmedian(errors)) if np.isfinite(errors).any() else 0.0
+    top = max(3 * float(np.nanmax(still, initial=0.0)), 1.5 * middle)
+    axes.set_ylim(0, max(1e-9, min(highest, top)) * 1.08)
 
 
 def _error_map(fidelity: Fidelity, shown: list[int]) -> str:

@@ -80,13 +80,13 @@ def _headline(headline: Headline, rounds: Mapping[int, Sequence[Round]]) -> str:
     first = [next(iter(line)).verdict for line in rounds.values()]
     before = ", ".join(f"{first.count(name)} {name}" for name in Verdict if name in first)
     many = any(len(line) > 1 for line in rounds.values())
-    history = f"First round: {before}. Last round: {others}." if many else f"Seeds: {others}."
+    history = f"First round: {before}. Last round: {others}. " if many else f"Seeds: {others}. " if seeds > 1 else ""
     over = f"means over {seeds} seeds" if seeds > 1 else "means over episodes"
     return (
         f"<section class='card verdict {verdict}'><strong>{_SAYS[verdict]}{share}</strong>"
         + "<div class='figures'>"
         + "".join(f"<div class='figure'><small>{escape(name)}</small>{value}</div>" for name, value in cells)
-        + f"</div><small>{history} Returns are {over}, with 95 % bootstrap intervals.</small></section>"
+        + f"</div><small>{history}Returns are {over}, with 95 % bootstrap intervals.</small></section>"
     )
 
 
@@ -152,7 +152,7 @@ def _rounds(rounds: Mapping[int, Iterable[Round]]) -> str:
                 error = f"{_number(played.model_error)}<small>σ after {played.model_error_horizon} steps</small>"
             even = "–" if played.model_error is None else "not reached"
             if played.break_even_horizon is not None:
-                even = f"{played.break_even_horizon} steps"
+                even = _count(played.break_even_horizon, "step")
             rows.append(
                 (
                     f"{seed}, {played.round}",
@@ -172,18 +172,20 @@ def _rounds(rounds: Mapping[int, Iterable[Round]]) -> str:
 def _fidelity(name: str, fidelity: Fidelity) -> str:
     mark = fidelity.break_even_horizon
     when = (
-        f"no better than “nothing changes” from {mark} steps on"
-        if mark
-        else (f"better than “nothing changes” on all {fidelity.horizon} steps measured")
+        f"better than “nothing changes” at all {_count(fidelity.horizon, 'step')} measured"
+        if mark is None
+        else f"no better than “nothing changes” after {_count(mark, 'step')} for the first time"
     )
     constant = [label for label, scale in zip(fidelity.names, fidelity.scale, strict=True) if scale == 0]
     left_out = f" Constant columns left out: {escape(', '.join(constant))}." if constant else ""
+    measured = _count(int(fidelity.windows[0]), "window")
     return (
-        f"<h3>On {escape(name)}</h3><p class='soft'>The model is {when}. {int(fidelity.windows[0]):,} windows."
-        f"{left_out}</p><div class='grid'>"
+        f"<h3>On {escape(name)}</h3><p class='soft'>The model is {when}. Measured on {measured}."
+        f"{left_out}</p><div class='grid'><div class='stack'>"
         + _plot("Error of all columns together", figures.error_against_horizon(fidelity))
-        + _plot("Error column by column", figures.error_per_column(fidelity))
         + _plot("Reward", figures.reward_error(fidelity))
+        + "</div>"
+        + _plot("Error column by column", figures.error_per_column(fidelity))
         + "</div>"
     )
 
@@ -319,6 +321,10 @@ def _number(number: float) -> str:
 
 def _signed(number: float) -> str:
     return ("+" if number > 0 else "") + _number(number)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def _percent(share: float) -> str:

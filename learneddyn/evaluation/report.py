@@ -1,6 +1,7 @@
 """The report: does the agent exploit its model? One self-contained ``report.html`` and ``metrics.json``."""
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -118,9 +119,10 @@ class Round:
         if fidelity is None:
             return known
         at = min(at, fidelity.horizon)
+        error = float(fidelity.overall[at - 1])
         return replace(
             known,
-            model_error=float(fidelity.overall[at - 1]),
+            model_error=None if math.isnan(error) else error,
             model_error_horizon=at,
             break_even_horizon=fidelity.break_even_horizon,
         )

@@ -91,6 +91,7 @@ def test_a_runaway_model_has_infinite_error_not_a_frozen_one(linear, line_task):
 def test_windows_never_cross_an_episode_or_bridge_a_dropped_row():
     data = logged(np.array([0.9]), episodes=3, length=10)
     assert longest_window(data) == 10
+    assert [longest_window(data, windows=n) for n in (3, 4, 30, 31)] == [10, 9, 1, 0]
     holed = data[torch.arange(len(data)) != 4]
     assert longest_window(holed[holed.episode == 0]) == 5
     log = windows_of(data, 10, rng=generator(0))
@@ -109,6 +110,8 @@ def test_no_window_is_long_enough():
 
 def test_bad_input_names_itself(linear, line_task):
     data, world = logged(np.array([0.9])), World(linear([[[0.9]]]), line_task())
+    with pytest.raises(ValueError, match="windows must be at least 1, got 0"):
+        longest_window(data, windows=0)
     with pytest.raises(ValueError, match="got horizon=0"):
         fidelity_of_log(world, data, horizon=0, rng=generator(0))
     with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
