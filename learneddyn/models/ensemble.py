@@ -68,7 +68,8 @@ class ProbabilisticEnsemble(AbstractDynamics):
         absolute: observation columns predicted as they are, not as a change.
         scale_targets: standardise the targets.
         learning_rate: of Adam.
-        weight_decay: L2 factor per layer, first to last; one number for all layers.
+        weight_decay: L2 factor per layer, first to last; one number for all layers; None is the published schedule
+            2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4, with as many middle layers of 7.5e-5 as ``hidden`` asks for.
         batch_size: rows per network and update.
         holdout_ratio: share of the rows held out.
         holdout_max: upper bound of held-out rows.
@@ -92,7 +93,7 @@ class ProbabilisticEnsemble(AbstractDynamics):
         absolute: Sequence[int] = (),
         scale_targets: bool = False,
         learning_rate: float = 1e-3,
-        weight_decay: Sequence[float] | float = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4),
+        weight_decay: Sequence[float] | float | None = None,
         batch_size: int = 256,
         holdout_ratio: float = 0.2,
         holdout_max: int = 5000,
@@ -103,7 +104,7 @@ class ProbabilisticEnsemble(AbstractDynamics):
     ) -> None:
         super().__init__()
         layers = len(hidden) + 1
-        decay = [float(weight_decay)] * layers if isinstance(weight_decay, int | float) else [*map(float, weight_decay)]
+        decay = _decay_per_layer(weight_decay, layers)
         for name, ok, value, allowed in (
             ("num_members", num_members >= 1, num_members, "at least 1"),
             ("num_elites", 1 <= num_elites <= num_members, num_elites, f"1 to num_members = {num_members}"),
@@ -422,6 +423,12 @@ class ProbabilisticEnsemble(AbstractDynamics):
     learned: Bool[Tensor, " q"]
     relative: Tensor
     _elites: Tensor
+
+
+def _decay_per_layer(weight_decay: Sequence[float] | float | None, layers: int) -> list[float]:
+    if weight_decay is None:
+        return ([2.5e-5, 5e-5] + [7.5e-5] * (layers - 3))[: layers - 1] + [1e-4]
+    return [float(weight_decay)] * layers if isinstance(weight_decay, int | float) else [*map(float, weight_decay)]
 
 
 def _nonzero(std: Tensor) -> Tensor:

@@ -208,7 +208,8 @@ def test_the_termination_head_learns_a_threshold():
     rng = generator(0)
     obs, action = torch.randn(2000, 2, generator=rng), torch.zeros(2000, 1)
     data = transitions(obs, action, obs + 0.1 * torch.randn(2000, 2, generator=rng), terminated=obs[:, 0] > 1)
-    model = ProbabilisticEnsemble(**SMALL | {"learn_termination": True, "hidden": (32, 32), "max_epochs": 30, "batch_size": 32})
+    wider = {"learn_termination": True, "hidden": (32, 32), "max_epochs": 30, "batch_size": 32}
+    model = ProbabilisticEnsemble(**SMALL | wider)
     model.fit(data, rng=rng)
     with torch.no_grad():
         ended = model.sample(obs, action, torch.zeros(2000, dtype=torch.long), rng, noise=False).terminated
@@ -287,6 +288,12 @@ def test_divergence_is_an_error_and_the_weights_survive():
 def test_arguments_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         ProbabilisticEnsemble(**SMALL | options)
+
+
+def test_the_published_decay_fits_any_depth():
+    assert ProbabilisticEnsemble().weight_decay == [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]
+    assert ProbabilisticEnsemble(hidden=(8, 8)).weight_decay == [2.5e-5, 5e-5, 1e-4]
+    assert ProbabilisticEnsemble(hidden=()).weight_decay == [1e-4]
 
 
 def test_bad_data_is_refused():
