@@ -90,7 +90,7 @@ class RoundsConfig:
 def run_rounds(
     config: RoundsConfig,
     model: AbstractDynamics,
-    data: Transitions,
+    data: Transitions | None,
     folder: Path,
     *,
     seed: int = 0,
@@ -108,7 +108,7 @@ def run_rounds(
     Args:
         config: of the loop.
         model: hyper-parameters and start of the first fit; fitted in place.
-        data: real transitions to begin with.
+        data: real transitions to begin with; None where the folder holds finished rounds already.
         folder: of this seed, made if missing.
         seed: of model, agent, world and real environment.
         device: of model, world and agent.
@@ -120,7 +120,7 @@ def run_rounds(
     """
     folder.mkdir(parents=True, exist_ok=True)
     played = read_rounds(folder)
-    while not _finished(played, data, config):
+    while not _finished(played, config):
         number = len(played)
         here, before = folder / f"round-{number}", folder / f"round-{number - 1}"
         here.mkdir(exist_ok=True)
@@ -134,14 +134,45 @@ def run_rounds(
             )
             data = Transitions.cat([data, own])
             model = AbstractDynamics.load(before / "world", device)
+        if data is None:
+            raise ValueError(f"{folder} holds no finished round: data is needed to begin")
         save_transitions(here / "data.safetensors", data)
         notify(f"round {number}: fit on {len(data)} real steps", 0.0)
         model.to(device).fit(data, rng=generator(_seed(seed, number), device))
         _save_world(config, model, data, here / "world")
-        agent = _learn(config, before / "agent.zip" if number else None, here, _seed(seed, number), device, notify)
-        notify(f"round {number}: judge in {config.real_id}", 1.0)
-        played.append(_judge(config, agent, data, here, _seed(seed, number), device))
+        last = before / "agent.zip" if number else None
+        played.append(_play(config, str(here / "world"), data, last, here, _seed(seed, number), device, notify))
         replace_file(folder / "rounds.json", json.dumps([entry.to_json() for entry in played], indent=2).encode())
+    return played
+
+
+def train_in_world(
+    config: RoundsConfig, world: str, folder: Path, *, seed: int = 0, device: str = "cpu", notify: Notify = silent
+) -> list[Round]:
+    """Train an agent in a world as it is (a name, a folder, or ``truth:<id>``), judge it, and return one record.
+
+    The same files as one round of `run_rounds`, without data and world; a folder that holds a record is not played
+    again. The world's own sampler, penalty, trust, horizon and starts count, not the config's.
+    """
+    here = folder / "round-0"
+    here.mkdir(parents=True, exist_ok=True)
+    played = read_rounds(folder)
+    if not played:
+        played = [_play(config, world, None, None, here, _seed(seed, 0), device, notify)]
+        replace_file(folder / "rounds.json", json.dumps([played[0].to_json()], indent=2).encode())
+    return played
+
+
+def judge_agent(
+    config: RoundsConfig, world: str, agent: Path, folder: Path, *, seed: int = 0, device: str = "cpu"
+) -> list[Round]:
+    """Judge an agent that was trained elsewhere, and return one record; it is copied into the folder."""
+    here = folder / "round-0"
+    here.mkdir(parents=True, exist_ok=True)
+    acting = algorithm_class(config.algorithm).load(agent, device=device)
+    replace_file(here / "agent.zip", agent.read_bytes())
+    played = [_judge(config, acting, world, None, here, _seed(seed, 0), device)]
+    replace_file(folder / "rounds.json", json.dumps([played[0].to_json()], indent=2).encode())
     return played
 
 
@@ -151,7 +182,7 @@ def read_rounds(folder: Path) -> list[Round]:
     return [Round.from_json(entry) for entry in json.loads(path.read_text())] if path.exists() else []
 
 
-def _finished(played: list[Round], data: Transitions, config: RoundsConfig) -> bool:
+def _finished(played: list[Round], config: RoundsConfig) -> bool:
     if not played:
         return False
     good = config.target is not None and played[-1].real.value >= config.target
@@ -187,11 +218,30 @@ def _save_world(config: RoundsConfig, model: AbstractDynamics, data: Transitions
     )
 
 
+def _play(
+    config: RoundsConfig,
+    world: str,
+    data: Transitions | None,
+    last: Path | None,
+    here: Path,
+    seed: int,
+    device: str,
+    notify: Notify,
+) -> Round:
+    agent = _learn(config, world, last, here, seed, device, notify)
+    notify(f"{_name(here)}: judge in {config.real_id}", 1.0)
+    return _judge(config, agent, world, data, here, seed, device)
+
+
+def _name(here: Path) -> str:
+    return here.name.replace("-", " ")
+
+
 def _learn(
-    config: RoundsConfig, last: Path | None, here: Path, seed: int, device: str, notify: Notify
+    config: RoundsConfig, world: str, last: Path | None, here: Path, seed: int, device: str, notify: Notify
 ) -> BaseAlgorithm:
-    """Train in the world of this round, from the agent of the last one if there is one, and save the agent."""
-    env = LearnedVecEnv.from_name(str(here / "world"), config.lanes, device=device)
+    """Train in a world, from the agent of the last round if there is one, and save the agent."""
+    env = LearnedVecEnv.from_name(world, config.lanes, device=device)
     env.seed(seed)
     kind = algorithm_class(config.algorithm)
     if last is None:
@@ -202,7 +252,7 @@ def _learn(
         agent.set_random_seed(seed)
     sinks = ["csv", "tensorboard"] if importlib.util.find_spec("tensorboard") else ["csv"]
     agent.set_logger(configure(str(here), sinks))
-    told = f"{here.name.replace('-', ' ')}: {config.algorithm} learns in the model"
+    told = f"{_name(here)}: {config.algorithm} learns in the model"
     agent.learn(config.imagined_steps, callback=_Told(told, notify), reset_num_timesteps=last is None)
     fresh = here / ".agent.zip"
     agent.save(fresh)
@@ -229,19 +279,28 @@ class _Told(BaseCallback):
         return True
 
 
-def _judge(config: RoundsConfig, agent: BaseAlgorithm, data: Transitions, here: Path, seed: int, device: str) -> Round:
+def _judge(
+    config: RoundsConfig,
+    agent: BaseAlgorithm,
+    world: str,
+    data: Transitions | None,
+    here: Path,
+    seed: int,
+    device: str,
+) -> Round:
     """Compare real and imagined return from the same start states, and the model with the agent's real episodes.
 
     The seeds of the judged episodes belong to this round alone, and no episode judged here is ever learned from.
     """
-    loaded = load_world(here / "world", device)
+    loaded = load_world(world, device)
     real = evaluate(agent, config.real_id, episodes=config.episodes, seed=seed, record=True, device=device)
     rng = generator(seed, device)
     dreamt = imagined(agent, loaded.world, rng=rng, episodes=config.episodes, horizon=loaded.horizon, start=real.starts)
     assert real.transitions is not None
-    steps = min(_ERROR_HORIZON, longest_window(real.transitions))
+    steps = max(1, min(_ERROR_HORIZON, longest_window(real.transitions, windows=50)))
     fidelity = fidelity_of_log(
         loaded.world, real.transitions, horizon=steps, rng=rng, windows=500, full=False, reference=data
     )
     number = int(here.name.removeprefix("round-"))
-    return Round.from_episodes(number, len(data), dreamt, real, fidelity=fidelity, at=steps)
+    learned_from = 0 if data is None else len(data)
+    return Round.from_episodes(number, learned_from, dreamt, real, fidelity=fidelity, at=steps)

@@ -1,0 +1,517 @@
+"""The command line: collect, fit, train, evaluate, render, demo, list. The only reader of configuration files.
+
+Every command takes ``--config FILE`` or ``--config NAME`` (a preset that ships, see ``learneddyn list``) and overrides
+on top of it; ``--print_config`` shows what it would run with. Unknown keys are errors.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+from rich.console import Console
+from rich.table import Table
+
+from learneddyn import tasks
+from learneddyn.core import Transitions, generator
+from learneddyn.data import algorithm_class, collect_grade, load
+from learneddyn.data import collect as collect_steps
+from learneddyn.data.grades import Grade
+from learneddyn.envs import load_world, save_world, world_names
+from learneddyn.evaluation import Round
+from learneddyn.evaluation.render import side_by_side
+from learneddyn.models import AbstractDynamics, ProbabilisticEnsemble
+from learneddyn.runs import (
+    Notify,
+    RoundsConfig,
+    RunFolder,
+    for_each_seed,
+    judge_agent,
+    read_rounds,
+    run_rounds,
+    train_in_world,
+)
+from learneddyn.runs.report import report_runs
+
+console = Console()
+_PRESETS = Path(str(files("learneddyn") / "configs"))
+
+
+def collect(
+    env_id: str,
+    dataset_id: str,
+    steps: int = 10_000,
+    grade: Grade = "random",
+    agent: str | None = None,
+    algorithm: str = "SAC",
+    algorithm_kwargs: dict[str, Any] | None = None,
+    random_share: float = 0.0,
+    epsilon: float = 0.0,
+    noise: float = 0.0,
+    train_steps: int = 1_000_000,
+    fraction: float = 1 / 3,
+    target_return: float | None = None,
+    lanes: int = 8,
+    seed: int = 0,
+    env_kwargs: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> None:
+    """Collect real steps into a Minari data set: a grade (random, medium, expert, replay) or an agent of yours.
+
+    Args:
+        env_id: Gymnasium id of the real environment.
+        dataset_id: of the data set to write, (namespace/)name-v0.
+        steps: transitions.
+        grade: random, or train an agent to medium or expert first, or keep what the medium agent saw (replay).
+        agent: zip of a Stable-Baselines3 agent that acts instead of a grade.
+        algorithm: of the agent, or the one that trains the grade.
+        algorithm_kwargs: for the algorithm that trains the grade.
+        random_share: share of the agent's episodes that the random policy plays.
+        epsilon: probability of a random action at each of the agent's steps.
+        noise: standard deviation of Gaussian noise on the agent's actions, as a share of half their range.
+        train_steps: budget of real steps for training a grade.
+        fraction: how far between random and expert return medium is.
+        target_return: return that is medium, for environments without reference returns.
+        lanes: environments side by side.
+        seed: of everything.
+        env_kwargs: arguments of the environment.
+        overwrite: replace a data set of the same id.
+        progress: show progress bars.
+    """
+    if agent is None:
+        data = collect_grade(
+            env_id,
+            dataset_id,
+            steps=steps,
+            grade=grade,
+            algorithm=algorithm,
+            algorithm_kwargs=algorithm_kwargs,
+            train_steps=train_steps,
+            fraction=fraction,
+            target_return=target_return,
+            lanes=lanes,
+            seed=seed,
+            progress=progress,
+            env_kwargs=env_kwargs,
+            overwrite=overwrite,
+        )
+    else:
+        policy: Any = algorithm_class(algorithm).load(agent)
+        mixture = [(1.0 - random_share, policy), (random_share, "random")]
+        data = collect_steps(
+            env_id,
+            dataset_id,
+            steps=steps,
+            behaviour=[(share, acting) for share, acting in mixture if share > 0],
+            epsilon=epsilon,
+            noise=noise,
+            lanes=lanes,
+            seed=seed,
+            progress=progress,
+            env_kwargs=env_kwargs,
+            algorithm=algorithm,
+            overwrite=overwrite,
+        )
+    episodes = int(data.episode.max()) + 1
+    console.print(f"{dataset_id}: {len(data)} steps, {episodes} episodes, {float(data.reward.sum()) / episodes:.1f} "
+                  "mean return (cut-off episodes included)")  # fmt: skip
+
+
+def fit(
+    dataset: list[str],
+    env_id: str,
+    out: str,
+    model: AbstractDynamics | None = None,
+    sampler: str = "elite",
+    penalty: str | None = None,
+    penalty_weight: float = 0.0,
+    trust_margin: float | None = 0.5,
+    horizon: int | None = None,
+    start: Literal["task", "data"] = "task",
+    max_rows: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = True,
+) -> None:
+    """Fit a model on Minari data sets and write a world that gym.make opens.
+
+    Args:
+        dataset: ids of Minari data sets of one environment.
+        env_id: Gymnasium id of that environment; it gives task, start states and the judge.
+        out: world folder to write; a world there is replaced.
+        model: class path and arguments of the dynamics model, by default ProbabilisticEnsemble.
+        sampler: mean, ts1, tsinf or elite.
+        penalty: name of an uncertainty penalty on the reward.
+        penalty_weight: reward units per penalty unit.
+        trust_margin: widening of the data's box, as a share of each column's range; null trusts every step.
+        horizon: steps of an episode; null is the task's time limit.
+        start: where episodes begin.
+        max_rows: fit on a random draw of so many rows.
+        seed: of draw and fit.
+        device: of the model.
+        progress: show a progress bar.
+    """
+    rng = generator(seed, device)
+    data = load(dataset, device=device)
+    if max_rows is not None and max_rows < len(data):
+        import torch
+
+        data = data[torch.randperm(len(data), generator=rng, device=device)[:max_rows].sort().values]
+    model = _default_model(env_id) if model is None else model
+    report = model.to(device).fit(data, rng=rng, progress=progress)
+    save_world(
+        out,
+        model,
+        task=env_id,
+        sampler=sampler,
+        penalty=penalty,
+        penalty_weight=penalty_weight,
+        data=data,
+        trust_margin=trust_margin,
+        horizon=horizon,
+        start=data.obs if start == "data" else None,
+    )
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in report.metrics.items())
+    console.print(f"{out}: {report.epochs} epochs in {report.seconds:.0f} s, {figures}")
+
+
+def train(
+    env_id: str,
+    out: str,
+    world: str | None = None,
+    dataset: list[str] | None = None,
+    grades: dict[str, int] | None = None,
+    grade_kwargs: dict[str, Any] | None = None,
+    model: AbstractDynamics | None = None,
+    algorithm: str = "PPO",
+    algorithm_kwargs: dict[str, Any] | None = None,
+    imagined_steps: int = 200_000,
+    lanes: int = 64,
+    horizon: int | None = None,
+    sampler: str = "elite",
+    penalty: str | None = None,
+    penalty_weight: float = 0.0,
+    trust_margin: float | None = 0.5,
+    start: Literal["task", "data", "data:first"] = "task",
+    rounds: int = 1,
+    real_steps: int = 1000,
+    max_real_steps: int | None = None,
+    target: float | None = None,
+    episodes: int = 20,
+    seeds: list[int] | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    progress: bool = True,
+) -> None:
+    """Train an agent inside a model only, and judge it in the real environment.
+
+    With --world: in that world as it is. Otherwise: fit a model on --dataset (or on --grades collected on the spot),
+    train in it, and with --rounds N act in the real environment, refit, and go on.
+
+    Args:
+        env_id: Gymnasium id of the real environment, the judge.
+        out: run folder.
+        world: name or folder of a world, or truth:ID for the simulator itself.
+        dataset: ids of Minari data sets to fit on.
+        grades: without a data set: real steps to collect per grade, such as {random: 1000}; each seed its own.
+        grade_kwargs: further arguments for collecting them, such as algorithm, train_steps, target_return.
+        model: class path and arguments of the dynamics model, by default ProbabilisticEnsemble.
+        algorithm: name of a Stable-Baselines3 or sb3-contrib algorithm.
+        algorithm_kwargs: for its constructor.
+        imagined_steps: steps inside the model per round.
+        lanes: imagined environments side by side.
+        horizon: steps of an imagined episode; null is the task's time limit.
+        sampler: mean, ts1, tsinf or elite.
+        penalty: name of an uncertainty penalty on the reward.
+        penalty_weight: reward units per penalty unit.
+        trust_margin: widening of the data's box, as a share of each column's range; null trusts every step.
+        start: where imagined episodes begin.
+        rounds: of fit, imagine, judge at most.
+        real_steps: steps the agent takes in the real environment between two rounds.
+        max_real_steps: real steps to learn from in all.
+        target: real mean return at which no further round is needed.
+        episodes: real episodes per judgement.
+        seeds: run several, side by side on the cores.
+        seed: run one, where seeds is not given.
+        workers: processes at once, by default one per core.
+        device: of model and agent.
+        resume: go on with the run in the folder.
+        progress: show progress.
+    """
+    config = RoundsConfig(
+        real_id=env_id,
+        algorithm=algorithm,
+        algorithm_kwargs=algorithm_kwargs or {},
+        imagined_steps=imagined_steps,
+        lanes=lanes,
+        horizon=horizon,
+        sampler=sampler,
+        penalty=penalty,
+        penalty_weight=penalty_weight,
+        trust_margin=trust_margin,
+        start=start,
+        rounds=rounds,
+        real_steps=real_steps,
+        max_real_steps=max_real_steps,
+        target=target,
+        episodes=episodes,
+    )
+    if (world is not None) + (dataset is not None) + (grades is not None) != 1:
+        raise ValueError("give exactly one of --world, --dataset and --grades")
+    if world is not None and rounds > 1:
+        raise ValueError(f"--rounds {rounds} refits a model: give --dataset or --grades instead of --world")
+    model = _default_model(env_id) if model is None else model
+    chosen = seeds or [seed]
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    settings = asdict(config) | {
+        "world": world,
+        "dataset": dataset,
+        "grades": grades,
+        "grade_kwargs": grade_kwargs,
+        "model": None if world else {"class": kind, "config": model.config()},
+        "seeds": chosen,
+    }
+    folder = RunFolder(out, settings, resume=resume)
+    work = partial(_one_seed, config, world, dataset, grades, grade_kwargs or {}, model, folder.path, device)
+    results = for_each_seed(work, chosen, workers=workers, progress=progress)
+    with console.status("writing the report"):
+        path, final = report_runs(
+            folder.path, config, chosen, title=f"{algorithm} in a learned {env_id}", settings=settings, world=world
+        )
+    _print_rounds(results)
+    for number, real in final.items():
+        estimate = real.interval()
+        console.print(
+            f"seed {number}: final real return {estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}] over "
+            f"{len(real.returns)} fresh episodes of {env_id}"
+        )
+    console.print(f"report: {path}", soft_wrap=True)
+
+
+def evaluate(
+    world: str,
+    agent: str,
+    out: str,
+    algorithm: str = "PPO",
+    episodes: int = 20,
+    seed: int = 0,
+    device: str = "cpu",
+    resume: bool = False,
+) -> None:
+    """Judge an agent: real and imagined return, fidelity and calibration of the world; writes report.html.
+
+    Args:
+        world: name or folder of the world.
+        agent: zip of a Stable-Baselines3 agent.
+        out: run folder.
+        algorithm: of the agent.
+        episodes: real episodes.
+        seed: of the judged episodes.
+        device: of world and agent.
+        resume: overwrite the report in the folder.
+    """
+    real_id = load_world(world, device).world.task.real_id
+    config = RoundsConfig(real_id=real_id, algorithm=algorithm, episodes=episodes)
+    settings = {"world": world, "agent": agent, "algorithm": algorithm, "episodes": episodes, "seed": seed}
+    folder = RunFolder(out, settings, resume=resume)
+    results = {seed: judge_agent(config, world, Path(agent), folder.path / f"seed-{seed}", seed=seed, device=device)}
+    path, _ = report_runs(
+        folder.path, config, [seed], title=f"{algorithm} in {real_id}", settings=settings, world=world
+    )
+    _print_rounds(results)
+    console.print(f"report: {path}", soft_wrap=True)
+
+
+def render(
+    world: str,
+    out: str,
+    agent: str | None = None,
+    algorithm: str = "PPO",
+    steps: int = 200,
+    closed_loop: bool = True,
+    panel: int = 240,
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Write a GIF of imagination beside reality from the same start.
+
+    Args:
+        world: name or folder of the world.
+        out: the GIF.
+        agent: zip of a Stable-Baselines3 agent; without one, random actions on both sides.
+        algorithm: of the agent.
+        steps: longest episode shown.
+        closed_loop: the agent acts on what it sees on each side; false replays the real side's actions on both.
+        panel: side of a panel in pixels.
+        seed: of start and world.
+        device: of world and agent.
+    """
+    loaded = load_world(world, device).world
+    space = loaded.spaces.action
+    space.seed(seed)
+    if agent is None:
+        from learneddyn.spaces import encode
+
+        acting: Any = encode(space, [space.sample() for _ in range(steps)])
+    else:
+        acting = algorithm_class(algorithm).load(agent, device=device)
+    side_by_side(
+        acting,
+        loaded,
+        loaded.task.real_id,
+        out,
+        steps=steps,
+        closed_loop=closed_loop,
+        panel=panel,
+        seed=seed,
+        device=device,
+    )
+    console.print(out)
+
+
+def demo(
+    task: str = "inverted-pendulum",
+    seeds: list[int] | None = None,
+    out: str | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+) -> None:
+    """Run the whole chain of a preset: collect real steps, fit, train inside the model only, judge on MuJoCo, refit.
+
+    Args:
+        task: a demo preset, see ``learneddyn list``.
+        seeds: by default those of the preset.
+        out: run folder, by default runs/demo-TASK.
+        workers: processes at once, by default one per core.
+        device: of model and agent.
+        resume: go on with the run in the folder.
+    """
+    arguments = ["train", "--config", str(_preset("demo", task)), "--out", out or f"runs/demo-{task}"]
+    arguments += ["--device", device, "--resume", str(resume).lower()]
+    arguments += ["--seeds", str(seeds)] if seeds else []
+    arguments += ["--workers", str(workers)] if workers else []
+    main(arguments)
+
+
+def list_all() -> None:
+    """Show tasks, worlds, data sets on this machine, presets and algorithms."""
+    import minari
+
+    presets = sorted(f"{path.parent.name}/{path.stem}" for path in _PRESETS.glob("*/*.yaml"))
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, entries in (
+        ("tasks", tasks.names()),
+        ("worlds", world_names()),
+        ("presets", presets),
+        ("data sets here", sorted(minari.list_local_datasets())),
+    ):
+        table.add_row(f"[bold]{name}", "\n".join(entries) or "none")
+    console.print(table)
+
+
+COMMANDS: dict[str, Any] = {
+    "collect": collect,
+    "fit": fit,
+    "train": train,
+    "evaluate": evaluate,
+    "render": render,
+    "demo": demo,
+    "list": list_all,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; errors of the package end in one line on stderr and exit code 1."""
+    given = _with_presets(list(sys.argv[1:] if arguments is None else arguments))
+    try:
+        jsonargparse.auto_cli(COMMANDS, args=given, prog="learneddyn")
+    except (ValueError, OSError, LookupError, RuntimeError, FloatingPointError) as error:
+        told = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"learneddyn: {type(error).__name__}: {told}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def _with_presets(arguments: list[str]) -> list[str]:
+    """Replace the name of a preset behind --config by its path."""
+    for index, word in enumerate(arguments[:-1]):
+        if word == "--config" and not Path(arguments[index + 1]).exists():
+            arguments[index + 1] = str(_preset(arguments[0], arguments[index + 1]))
+    return arguments
+
+
+def _preset(command: str, name: str) -> Path:
+    path = _PRESETS / command / f"{name}.yaml"
+    if not path.exists():
+        known = sorted(found.stem for found in (_PRESETS / command).glob("*.yaml"))
+        print(f"learneddyn: there is no file or {command} preset {name!r}; presets are {known}", file=sys.stderr)
+        raise SystemExit(2)
+    return path
+
+
+def _default_model(env_id: str) -> AbstractDynamics:
+    """Return the ensemble with the heads that the task cannot answer itself."""
+    task = tasks.get(env_id)
+    return ProbabilisticEnsemble(
+        learn_reward=task.reward is None, learn_termination=task.terminated is None, angles=task.angles
+    )
+
+
+def _one_seed(
+    config: RoundsConfig,
+    world: str | None,
+    dataset: list[str] | None,
+    grades: dict[str, int] | None,
+    grade_kwargs: dict[str, Any],
+    model: AbstractDynamics,
+    folder: Path,
+    device: str,
+    seed: int,
+    notify: Notify,
+) -> list[Round]:
+    """Play all rounds of one seed; runs in a process of its own."""
+    home = folder / f"seed-{seed}"
+    if world is not None:
+        return train_in_world(config, world, home, seed=seed, device=device, notify=notify)
+    fresh = type(model)(**model.config())
+    if read_rounds(home):
+        data = None
+    elif dataset is not None:
+        data = load(dataset)
+    else:
+        notify(f"collect {grades}", 0.0)
+        parts = []
+        for grade, steps in (grades or {}).items():
+            common: dict[str, Any] = {"steps": steps, "grade": grade, "seed": seed, "progress": False, "lanes": 1}
+            parts.append(collect_grade(config.real_id, **common | (grade_kwargs if grade != "random" else {})))
+        data = Transitions.cat(parts)
+    return run_rounds(config, fresh, data, home, seed=seed, device=device, notify=notify)
+
+
+def _print_rounds(results: dict[int, list[Round]]) -> None:
+    table = Table(title="Imagined against real return (means, 95 % intervals)")
+    for column in ("seed", "round", "real steps", "imagined", "real", "model error", "verdict"):
+        table.add_column(column, justify="right")
+    for seed, played in results.items():
+        for entry in played:
+            error = "" if entry.model_error is None else f"{entry.model_error:.3g} @ {entry.model_error_horizon}"
+            cells = [
+                f"{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
+                for estimate in (entry.imagined, entry.real)
+            ]
+            table.add_row(str(seed), str(entry.round), str(entry.real_steps), *cells, error, str(entry.verdict))
+    console.print(table)
+    console.print(
+        "model error: open loop on the agent's own real episodes, in standard deviations of the data, @ steps"
+    )
+
+
+if __name__ == "__main__":
+    main()

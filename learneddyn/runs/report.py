@@ -1,0 +1,131 @@
+"""From run folders to the report: the final agents judged once more, on episodes that decided nothing."""
+
+from collections.abc import Sequence
+from csv import DictReader
+from pathlib import Path
+from typing import Any
+
+from learneddyn import tasks
+from learneddyn.core import Json, Transitions, generator
+from learneddyn.data import algorithm_class
+from learneddyn.envs import load_world
+from learneddyn.evaluation import (
+    Calibration,
+    Fidelity,
+    Returns,
+    Round,
+    StepAccuracy,
+    cloud_calibration,
+    evaluate,
+    fidelity_of_log,
+    longest_window,
+    step_accuracy,
+    write_report,
+)
+from learneddyn.evaluation.render import side_by_side
+from learneddyn.runs.folder import load_transitions
+from learneddyn.runs.rounds import RoundsConfig, read_rounds
+from learneddyn.world import World
+
+_FRESH = 777_000
+"""Added to the seed of the last judgement, so that the rounds' stop rule has not seen these episodes."""
+_HORIZON = 50
+_CLOUDS = (1, 2, 5, 10, 20)
+
+
+def report_runs(
+    folder: Path,
+    config: RoundsConfig,
+    seeds: Sequence[int],
+    *,
+    title: str,
+    settings: Json,
+    world: str | None = None,
+    device: str = "cpu",
+) -> tuple[Path, dict[int, Returns]]:
+    """Judge every seed's last agent on fresh episodes, write ``report.html`` and ``metrics.json``, return both results.
+
+    Args:
+        folder: holds ``seed-N`` for every seed.
+        config: of the loop.
+        seeds: whose rounds have been played.
+        title: of the page.
+        settings: plain JSON, shown in the report.
+        world: the world the agents were trained in, where it is not the last round's own.
+        device: of worlds and agents.
+    """
+    rounds: dict[int, list[Round]] = {}
+    final: dict[int, Returns] = {}
+    fidelity: dict[str, Fidelity] = {}
+    calibration: dict[str, Calibration] = {}
+    accuracy: dict[str, StepAccuracy] = {}
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    gif = folder / "side_by_side.gif"
+    for seed in seeds:
+        home = folder / f"seed-{seed}"
+        rounds[seed] = read_rounds(home)
+        last = home / f"round-{len(rounds[seed]) - 1}"
+        agent: Any = algorithm_class(config.algorithm).load(last / "agent.zip", device=device)
+        real = evaluate(agent, config.real_id, episodes=config.episodes, seed=seed + _FRESH, record=True, device=device)
+        final[seed], curves[f"seed {seed}"] = real, _curve(home, len(rounds[seed]))
+        imagination = load_world(world or last / "world", device).world
+        data = last / "data.safetensors"
+        reference = load_transitions(data, device) if data.exists() else None
+        name, rng = f"seed {seed}, the agent's own real episodes", generator(seed, device)
+        assert real.transitions is not None
+        fidelity[name], clouds = _fidelity(imagination, real.transitions, reference, rng)
+        accuracy[name] = step_accuracy(imagination, real.transitions, rng=rng)
+        if clouds is not None:
+            calibration[name] = clouds
+        if seed == seeds[0]:
+            side_by_side(agent, imagination, config.real_id, gif, seed=seed, device=device)
+    notes = [
+        f"Real episodes of round tables judge and stop; the last agents on {config.episodes} fresh episodes each: "
+    ]
+    notes[0] += "; ".join(f"seed {seed}: {_told(real)}" for seed, real in final.items()) + "."
+    task = tasks.get(config.real_id)
+    path = write_report(
+        folder,
+        title=title,
+        rounds=rounds,
+        fidelity=fidelity,
+        calibration=calibration,
+        accuracy=accuracy,
+        curves={"Imagined return while learning": curves},
+        gif=gif,
+        config=settings,
+        target=config.target,
+        notes=[*notes, *([task.notes] if task.notes else [])],
+    )
+    return path, final
+
+
+def _told(real: Returns) -> str:
+    estimate = real.interval()
+    return f"{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
+
+
+def _fidelity(
+    world: World, own: Transitions, reference: Transitions | None, rng: Any
+) -> tuple[Fidelity, Calibration | None]:
+    longest = longest_window(own, windows=50)
+    fidelity = fidelity_of_log(
+        world, own, horizon=max(1, min(_HORIZON, longest)), rng=rng, windows=500, full=False, reference=reference
+    )
+    ahead = [h for h in _CLOUDS if h <= longest]
+    return fidelity, cloud_calibration(world, own, horizons=ahead, rng=rng) if ahead else None
+
+
+def _curve(home: Path, rounds: int) -> tuple[list[float], list[float]]:
+    """Return imagined steps and mean return of the finished imagined episodes, as SB3 logged them."""
+    x: list[float] = []
+    y: list[float] = []
+    for path in (home / f"round-{number}" / "progress.csv" for number in range(rounds)):
+        if not path.exists():
+            continue
+        with path.open() as file:
+            for row in DictReader(file):
+                if row.get("rollout/ep_rew_mean") and row.get("time/total_timesteps"):
+                    x.append(float(row["time/total_timesteps"]))
+                    y.append(float(row["rollout/ep_rew_mean"]))
+    return x, y
