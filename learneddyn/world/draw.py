@@ -49,14 +49,17 @@ class StateArtist:
         if width < 1 or height < 1:
             raise ValueError(f"a picture needs at least one pixel each way, got {width} x {height}")
         self.task, self.codec = task, task.codec
-        self._canvas = _canvas(task.real_id, width, height, camera)
+        self._canvas: _MujocoCanvas | _ClassicCanvas | None = _canvas(task.real_id, width, height, camera)
 
     def frame(self, obs: Float[Tensor, " o"] | Float[np.ndarray, " o"]) -> UInt8[np.ndarray, "h w 3"]:
         """Return the picture of one observation, RGB.
 
         Raises:
             ValueError: wrong number of columns, or NaN or infinite entries.
+            RenderError: the artist has been closed.
         """
+        if self._canvas is None:
+            raise RenderError(f"this StateArtist of {self.task.real_id} has been closed: make a new one")
         row = torch.as_tensor(obs, dtype=torch.float64)
         if not row.isfinite().all():
             raise ValueError(
@@ -68,7 +71,9 @@ class StateArtist:
 
     def close(self) -> None:
         """Release the OpenGL context and the environment; a second call does nothing."""
-        self._canvas.close()
+        if self._canvas is not None:
+            self._canvas.close()
+            self._canvas = None
 
     def __enter__(self) -> "StateArtist":
         return self
@@ -107,12 +112,9 @@ class _MujocoCanvas:
         return self._pixels[::-1].copy()
 
     def close(self) -> None:
-        if self._opengl is None:
-            return
         self._opengl.make_current()
         self._context.free()
         self._opengl.free()
-        self._opengl = None
         self._env.close()
 
 

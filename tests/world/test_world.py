@@ -137,6 +137,24 @@ def test_rollout_leaves_untrusted_steps_out_and_stops_there():
     assert not data.terminated.any()
 
 
+class Counting(Shifts):
+    """The memory of a row counts its steps, and the count drives it."""
+
+    def sample(self, obs, action, member, rng, memory=None, *, noise=True):
+        memory = (torch.zeros(len(obs), 1) if memory is None else memory) + obs[:, :1]
+        return Outcome(obs + memory, memory=memory)
+
+
+def test_memory_follows_its_row_through_a_rollout():
+    world = World(Counting([[0.0]]), task(terminated=above(5.0)))
+    starts = torch.tensor([[4.0], [1.0], [-1.0]])
+    data = world.rollout(starts, still, 4, generator(0))
+    for row, start in enumerate(starts):
+        alone = world.rollout(start[None], still, 4, generator(0))
+        assert torch.equal(data.next_obs[data.episode == row], alone.next_obs)
+    assert data.episode.bincount().tolist() == [1, 2, 4]
+
+
 def test_rollout_may_have_no_trusted_row_at_all():
     world = World(
         Shifts([[1.0]]), task(), trust=lambda state, action, after: torch.zeros(len(state.obs), dtype=torch.bool)
