@@ -5,7 +5,7 @@ Python runs per lane beside the environments' own. The next observation of a row
 a reset never becomes a transition, whatever autoreset mode the vector env has.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -26,7 +26,7 @@ Behaviour = str | Policy
 Mixture = Sequence[tuple[float, Behaviour]]
 
 _AHEAD = 4096
-"""Random actions drawn in one call."""
+"""Random actions, and reset seeds, drawn in one call."""
 
 
 def collect(
@@ -117,25 +117,30 @@ class _Lanes(VectorEnv[Any, Any, Any]):
             if (env.observation_space, env.action_space) != (first.observation_space, first.action_space):
                 raise ValueError(f"all lanes must have the same spaces, got {first} and {env}")
         self.action_space = batch_space(first.action_space, self.num_envs)
-        self.obs: list[Any] = [None] * self.num_envs
+        self.items: list[Any] = [None] * self.num_envs
         self.batch: Any = create_empty_array(first.observation_space, self.num_envs)
+        # Rows of one array are written in place; a Dict or Tuple is put together anew.
+        self.rows = self.batch if isinstance(self.batch, np.ndarray) else self.items
         self.reward, self.ends = np.zeros(self.num_envs), np.zeros((2, self.num_envs), bool)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset the lanes of ``options["reset_mask"]``, or all, with one seed for each lane."""
-        lanes = range(self.num_envs) if options is None else np.flatnonzero(options["reset_mask"])
-        for lane in lanes:
-            self.obs[lane], _ = self.envs[lane].reset(seed=seed[lane])
-        self.batch = concatenate(self.single_observation_space, self.obs, self.batch)
-        return self.batch, {}
+        for lane, lane_seed in enumerate(seed):
+            if options is None or options["reset_mask"][lane]:
+                self.rows[lane], _ = self.envs[lane].reset(seed=lane_seed)
+        return self._observations(), {}
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Step every lane; the arrays returned are overwritten by the next call."""
-        terminated, truncated = self.ends
+        rows, reward, (terminated, truncated) = self.rows, self.reward, self.ends
         for lane, action in enumerate(iterate(self.action_space, actions)):
-            self.obs[lane], self.reward[lane], terminated[lane], truncated[lane], _ = self.envs[lane].step(action)
-        self.batch = concatenate(self.single_observation_space, self.obs, self.batch)
-        return self.batch, self.reward, terminated, truncated, {}
+            rows[lane], reward[lane], terminated[lane], truncated[lane], _ = self.envs[lane].step(action)
+        return self._observations(), reward, terminated, truncated, {}
+
+    def _observations(self) -> Any:
+        if self.rows is self.items:
+            self.batch = concatenate(self.single_observation_space, self.items, self.batch)
+        return self.batch
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close the environments."""
@@ -272,8 +277,8 @@ def _roll(
     episode_rows = np.empty(steps, np.int64)
 
     seeded = mode is AutoresetMode.DISABLED
-    draw = np.random.default_rng([seed, 1])
-    seeds = draw.integers(2**31, size=lanes).tolist()
+    stream = _seeds(seed)
+    seeds = [next(stream) for _ in range(lanes)]
     reset: Any = vector.reset  # SyncVectorEnv takes a list of seeds, VectorEnv's annotation does not say so
     obs, _ = reset(seed=list(seeds) if seeded else seed)
     episode, episodes = np.zeros(lanes, np.int64), 0
@@ -303,11 +308,8 @@ def _roll(
         bar.update(count)
 
         if ended and seeded:
-            new = draw.integers(2**31, size=ended).tolist()
-            seeds += new
-            lane_seeds: list[int | None] = [None] * lanes
-            for lane, lane_seed in zip(np.flatnonzero(done), new, strict=True):
-                lane_seeds[lane] = lane_seed
+            lane_seeds = [next(stream) if over else None for over in done.tolist()]
+            seeds += [lane_seed for lane_seed in lane_seeds if lane_seed is not None]
             obs, _ = reset(seed=lane_seeds, options={"reset_mask": done})
         started, resting = (resting, done) if mode is AutoresetMode.NEXT_STEP else (done, resting)
 
@@ -317,6 +319,13 @@ def _roll(
     reward_rows, end_rows = reward_rows[order], end_rows[order]
     data = Transitions.from_numpy(obs_rows, action_rows, reward_rows, next_rows, end_rows, number, spaces=spaces)
     return data, [seeds[index] if seeded else None for index in kept]
+
+
+def _seeds(seed: int) -> Iterator[int]:
+    """Reset seeds, drawn many at a time."""
+    rng = np.random.default_rng([seed, 1])
+    while True:
+        yield from rng.integers(2**31, size=_AHEAD).tolist()
 
 
 def _final(space: gym.Space[Any], final: Any, done: np.ndarray) -> np.ndarray:

@@ -252,3 +252,9 @@ def test_bad_arguments(wrong, message):
     arguments = {"env": "Pendulum-v1", "steps": 10, "progress": False} | wrong
     with pytest.raises(ValueError, match=message):
         data.collect(arguments.pop("env"), **arguments)
+
+
+def test_lanes_of_different_spaces_are_refused():
+    kinds = iter(["Pendulum-v1", "CartPole-v1"])
+    with pytest.raises(ValueError, match="all lanes must have the same spaces"):
+        data.collect(lambda: gym.make(next(kinds)), steps=10, lanes=2, progress=False)
