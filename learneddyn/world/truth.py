@@ -11,9 +11,10 @@ and then `TruthDynamics.lost` says what the observation does not hold. Three way
 `TruthDynamics.reset` (seeded resets), `TruthDynamics.snapshot` (a running environment), or float64 observations that
 hold everything.
 
-A float32 observation moves the start by its rounding, up to 6e-8 of each entry. Smooth tasks hardly feel that; chaotic ones
-amplify it exponentially: HalfCheetah under random actions is somewhere else altogether within 50 steps. Observations and rewards come out in the dtype of the
-observations handed in, so that a float64 start gives a float64 trajectory.
+A float32 observation moves the start by its rounding, up to 6e-8 of each entry. Smooth tasks hardly feel that; chaotic
+ones amplify it exponentially: HalfCheetah under random actions is somewhere else altogether within 50 steps.
+Observations and rewards come out in the dtype of the observations handed in, so that a float64 start gives a float64
+trajectory.
 """
 
 import os
