@@ -41,12 +41,10 @@ def test_medium_stops_at_its_goal_and_tells_what_it_reached(datasets):
 
 def test_replay_is_what_the_medium_agent_saw(datasets):
     arguments = dict(RUN) | {"target_return": 7.0, "train_steps": 1000}
-    replay = data.collect_grade(dataset_id="mine/replay-v0", steps=10**6, grade="replay", **arguments)
+    replay = data.collect_grade(dataset_id="mine/replay-v0", steps=150, grade="replay", **arguments)
     record = train("InvertedPendulum-v5", algorithm_kwargs=QUICK, train_steps=1000, goal=7.0, progress=False).record
-    for name, column in record.tensors().items():
+    for name, column in record[-150:].tensors().items():
         assert torch.equal(replay.tensors()[name], column), name
-    last = data.collect_grade(steps=50, grade="replay", **arguments)
-    assert torch.equal(last.obs, record.obs[-50:])
     loaded = data.load("mine/replay-v0")
     assert torch.equal(loaded.next_obs, replay.next_obs)
     # Actions are those of the environment (range 3), not the rescaled ones of a replay buffer (range 1).
