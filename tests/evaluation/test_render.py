@@ -109,7 +109,9 @@ def test_bad_input_names_itself_and_keeps_the_old_file(tmp_path, worlds):
 
 
 def test_an_untrusted_step_ends_the_left_side(tmp_path, worlds):
-    doubtful = World(worlds[0].dynamics, worlds[0].task, trust=lambda obs, action, after: torch.zeros(len(obs)) > 0)
+    doubtful = World(
+        worlds[0].dynamics, worlds[0].task, trust=lambda state, action, after: torch.zeros(len(state.obs)) > 0
+    )
     path = side_by_side(Lean(), doubtful, "CartPole-v1", tmp_path / "g.gif", panel=PANEL, steps=8, every=1)
     left, right = panels(frames(path))
     assert mark(left[0]) > 0.1

@@ -154,7 +154,10 @@ def test_imagined_returns_of_a_known_line(linear, constant, line_task):
 
 def test_imagined_leaves_the_penalty_out_and_the_world_as_it_was(linear, constant, line_task):
     world = World(
-        linear([[[1.0]]]), line_task(limit=10), penalty=lambda obs, action, p: torch.ones(len(obs)), penalty_weight=5.0
+        linear([[[1.0]]]),
+        line_task(limit=10),
+        penalty=lambda obs, action, prediction, after: torch.ones(len(obs)),
+        penalty_weight=5.0,
     )
     assert imagined(constant([0.0]), world, episodes=2, rng=generator(0)).returns.tolist() == [10.0, 10.0]
     assert world.penalty_weight == 5.0
