@@ -8,8 +8,8 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from queue import Empty, Queue
-from typing import TypeVar
+from queue import Empty
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -18,6 +18,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 T = TypeVar("T")
 Notify = Callable[[str, float], None]
 """Says what is being done and what share of it is done, 0 to 1."""
+
+Events = Any
+"""A manager's proxy of a `queue.Queue` of (seed, what, share); such proxies are no instances of what they stand for."""
 
 
 def silent(what: str, share: float) -> None:
@@ -51,7 +54,7 @@ def for_each_seed(
             return {seed: work(seed, board.notifier(seed)) for seed in seeds}
         context = multiprocessing.get_context("spawn")
         with context.Manager() as manager, ProcessPoolExecutor(workers, context, _one_thread) as pool:
-            queue: Queue[tuple[int, str, float]] = manager.Queue()
+            queue: Events = manager.Queue()
             running = {seed: pool.submit(_told, work, seed, queue) for seed in seeds}
             while not (all(future.done() for future in running.values()) or _failed(running)):
                 board.show(queue)
@@ -69,7 +72,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _told(work: Callable[[int, Notify], T], seed: int, queue: Queue[tuple[int, str, float]]) -> T:
+def _told(work: Callable[[int, Notify], T], seed: int, queue: Events) -> T:
     return work(seed, lambda what, share: queue.put((seed, what, share)))
 
 
@@ -105,7 +108,7 @@ class _Board:
             self.console.print(f"seed {seed}: {what}", highlight=False, soft_wrap=True)
         self.last[seed] = what
 
-    def show(self, queue: Queue[tuple[int, str, float]]) -> None:
+    def show(self, queue: Events) -> None:
         try:
             self.update(*queue.get(timeout=0.2))
         except Empty:

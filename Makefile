@@ -1,0 +1,41 @@
+# make demo    install and run the main job (TASK=inverted-pendulum, or TASK=hopper)
+# make test    lint, types, import floors, tests
+# make world   train the default world that ships in the wheel again
+# make bench   measure speed on this machine
+PYTHON ?= python3
+VENV ?= .venv
+TASK ?= inverted-pendulum
+BIN := $(VENV)/bin
+
+.PHONY: demo test world bench clean
+
+demo: $(VENV)/.base
+	$(BIN)/learneddyn demo --task $(TASK) --resume true
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal --durations 15
+
+world: $(VENV)/.base
+	$(BIN)/learneddyn collect InvertedPendulum-v5 learneddyn/inverted-pendulum-v0 --steps 3000 --grade replay \
+	  --algorithm PPO --algorithm_kwargs '{n_steps: 256}' --target_return 900 --train_steps 100000 --overwrite true
+	$(BIN)/learneddyn fit --config inverted-pendulum
+
+bench: $(VENV)/.base
+	$(BIN)/python benchmarks/env_steps.py
+	$(BIN)/python benchmarks/collect.py
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,198 @@
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import PPO
+
+from learneddyn.core import DataError
+from learneddyn.data import collect
+from learneddyn.models import ProbabilisticEnsemble
+from learneddyn.runs import RoundsConfig, RunExists, RunFolder, for_each_seed, rounds, run_rounds, train_in_world
+from learneddyn.runs.folder import load_transitions, save_transitions
+from learneddyn.runs.report import report_runs
+
+TINY = RoundsConfig(
+    "InvertedPendulum-v5",
+    algorithm_kwargs={"n_steps": 16, "batch_size": 64, "n_epochs": 1, "policy_kwargs": {"net_arch": [8]}},
+    imagined_steps=256,
+    lanes=8,
+    rounds=2,
+    real_steps=60,
+    episodes=3,
+)
+
+
+def tiny_model():
+    return ProbabilisticEnsemble(2, 2, hidden=(8,), max_epochs=2)
+
+
+def tiny_data(steps=120, seed=0):
+    return collect("InvertedPendulum-v5", steps=steps, lanes=1, seed=seed, progress=False)
+
+
+def test_a_folder_with_a_run_is_not_touched_without_resume(tmp_path):
+    RunFolder(tmp_path / "run", {"seed": 0})
+    with pytest.raises(RunExists, match="--resume"):
+        RunFolder(tmp_path / "run", {"seed": 0})
+    RunFolder(tmp_path / "run", {"seed": 0}, resume=True)
+
+
+def test_resume_needs_the_same_settings_and_names_the_difference(tmp_path):
+    RunFolder(tmp_path / "run", {"seed": 0, "lanes": 8})
+    with pytest.raises(RunExists, match="seed: 0 -> 1"):
+        RunFolder(tmp_path / "run", {"seed": 1, "lanes": 8}, resume=True)
+
+
+def test_a_foreign_folder_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunExists, match="holds no run"):
+        RunFolder(tmp_path, {"seed": 0}, resume=True)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_transitions_come_back_bit_equal(tmp_path):
+    data = tiny_data()
+    save_transitions(tmp_path / "data.safetensors", data)
+    again = load_transitions(tmp_path / "data.safetensors")
+    assert all(torch.equal(column, again.tensors()[name]) for name, column in data.tensors().items())
+    assert again.spaces == data.spaces
+    with pytest.raises(DataError, match="spaces"):
+        save_transitions(tmp_path / "bare.safetensors", replace(data, spaces=None))
+
+
+def test_damaged_transitions_are_named(tmp_path):
+    path = tmp_path / "data.safetensors"
+    save_transitions(path, tiny_data())
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"data\.safetensors holds no readable transitions"):
+        load_transitions(path)
+
+
+def square(seed, notify):
+    notify("squaring", 0.5)
+    assert torch.get_num_threads() == 1
+    return seed**2
+
+
+def fail_on_one(seed, notify):
+    if seed == 1:
+        raise ArithmeticError(f"seed {seed} cannot")
+    time.sleep(0.1)
+    return seed
+
+
+def test_seeds_run_in_processes_and_come_back_by_seed():
+    assert for_each_seed(square, [3, 1, 2], workers=2, progress=False) == {3: 9, 1: 1, 2: 4}
+
+
+def test_one_seed_runs_here_and_reports():
+    assert for_each_seed(lambda seed, notify: seed + 1, [4], progress=False) == {4: 5}
+
+
+def test_a_failing_seed_raises_its_own_error():
+    with pytest.raises(ArithmeticError, match="seed 1 cannot"):
+        for_each_seed(fail_on_one, [0, 1], workers=2, progress=False)
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 1]])
+def test_seeds_must_be_distinct(seeds):
+    with pytest.raises(ValueError, match="seeds must be distinct and at least one"):
+        for_each_seed(square, seeds)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lanes": 0}, "lanes must be at least 1, got 0"),
+        ({"start": "moon"}, "start must be 'task', 'data' or 'data:first', got 'moon'"),
+        ({"algorithm": "SARSA"}, "algorithm must be one of .*PPO.*got 'SARSA'"),
+    ],
+)
+def test_settings_out_of_range_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **changes)
+
+
+def weights(folder):
+    return PPO.load(folder / "agent.zip").policy.state_dict()
+
+
+def test_a_killed_run_resumes_to_the_same_result(tmp_path, monkeypatch):
+    whole = run_rounds(TINY, tiny_model(), tiny_data(), tmp_path / "whole", seed=3)
+    assert [entry.real_steps for entry in whole] == [120, 180]
+
+    learn, calls = rounds._learn, []
+
+    def dying(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return learn(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds, "_learn", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run_rounds(TINY, tiny_model(), tiny_data(), tmp_path / "killed", seed=3)
+    assert len(json.loads((tmp_path / "killed" / "rounds.json").read_text())) == 1
+    again = run_rounds(TINY, tiny_model(), None, tmp_path / "killed", seed=3)
+    assert again == whole
+    one, other = weights(tmp_path / "whole" / "round-1"), weights(tmp_path / "killed" / "round-1")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_rounds_stop_at_the_target(tmp_path):
+    played = run_rounds(replace(TINY, target=1.0), tiny_model(), tiny_data(), tmp_path, seed=0)
+    assert len(played) == 1
+    assert played[0].real.value >= 1.0
+
+
+def test_real_steps_stop_at_their_bound(tmp_path):
+    config = replace(TINY, rounds=5, max_real_steps=200)
+    played = run_rounds(config, tiny_model(), tiny_data(), tmp_path, seed=0)
+    assert [entry.real_steps for entry in played] == [120, 180, 200]
+
+
+def test_judged_episodes_are_never_learned_from(tmp_path):
+    run_rounds(TINY, tiny_model(), tiny_data(), tmp_path, seed=0)
+    first, last = (load_transitions(tmp_path / f"round-{k}" / "data.safetensors") for k in (0, 1))
+    assert torch.equal(first.obs, tiny_data().obs)
+    assert torch.equal(last.obs[:120], first.obs)
+    assert len(last) == 180
+
+
+def test_an_empty_folder_needs_data(tmp_path):
+    with pytest.raises(ValueError, match="data is needed to begin"):
+        run_rounds(TINY, tiny_model(), None, tmp_path)
+
+
+def test_training_in_the_truth_is_judged_as_agreeing(tmp_path):
+    """Error-free dynamics: the same policy from the same starts earns the same in imagination."""
+    [entry] = train_in_world(TINY, "truth:InvertedPendulum-v5", tmp_path / "seed-0", seed=0)
+    assert entry.gap.value == pytest.approx(0.0, abs=1.0)
+    assert entry.model_error < 1e-3
+    assert (tmp_path / "seed-0" / "round-0" / "agent.zip").exists()
+
+
+def test_off_policy_agents_go_through_refits(tmp_path):
+    config = replace(
+        TINY, algorithm="SAC", algorithm_kwargs={"learning_starts": 64, "policy_kwargs": {"net_arch": [8]}}
+    )
+    assert len(run_rounds(config, tiny_model(), tiny_data(), tmp_path, seed=0)) == 2
+
+
+def test_the_report_judges_the_last_agents_on_fresh_episodes(tmp_path):
+    for seed in (0, 1):
+        run_rounds(TINY, tiny_model(), tiny_data(seed=seed), tmp_path / f"seed-{seed}", seed=seed)
+    path, final = report_runs(tmp_path, TINY, [0, 1], title="tiny", settings={"lanes": 8})
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert Path(path).exists()
+    assert set(metrics["seeds"]) == {"0", "1"}
+    assert len(metrics["seeds"]["0"]) == 2
+    assert f"seed 0: {final[0].mean:.1f}" in metrics["notes"][0]
+    assert metrics["curves"]["Imagined return while learning"]["seed 1"]["y"]
+    assert np.all(final[0].returns > 0)
+    assert (tmp_path / "side_by_side.gif").read_bytes()[:3] == b"GIF"
