@@ -131,6 +131,7 @@ def fit(
     penalty: str | None = None,
     penalty_weight: float = 0.0,
     trust_margin: float | None = 0.5,
+    halt_reward: float | None = None,
     horizon: int | None = None,
     start: Literal["task", "data"] = "task",
     max_rows: int | None = None,
@@ -149,6 +150,7 @@ def fit(
         penalty: name of an uncertainty penalty on the reward.
         penalty_weight: reward units per penalty unit.
         trust_margin: widening of the data's box, as a share of each column's range; null trusts every step.
+        halt_reward: reward of a step outside that box, which then terminates; null truncates there.
         horizon: steps of an episode; null is the task's time limit.
         start: where episodes begin.
         max_rows: fit on a random draw of so many rows.
@@ -173,6 +175,7 @@ def fit(
         penalty_weight=penalty_weight,
         data=data,
         trust_margin=trust_margin,
+        halt_reward=halt_reward,
         horizon=horizon,
         start=data.obs if start == "data" else None,
     )
@@ -197,6 +200,7 @@ def train(
     penalty: str | None = None,
     penalty_weight: float = 0.0,
     trust_margin: float | None = 0.5,
+    halt_reward: float | None = None,
     start: Literal["task", "data", "data:first"] = "task",
     rounds: int = 1,
     real_steps: int = 1000,
@@ -232,6 +236,7 @@ def train(
         penalty: name of an uncertainty penalty on the reward.
         penalty_weight: reward units per penalty unit.
         trust_margin: widening of the data's box, as a share of each column's range; null trusts every step.
+        halt_reward: reward of a step outside that box, which then terminates; null truncates there.
         start: where imagined episodes begin.
         rounds: of fit, imagine, judge at most.
         real_steps: steps the agent takes in the real environment between two rounds.
@@ -256,6 +261,7 @@ def train(
         penalty=penalty,
         penalty_weight=penalty_weight,
         trust_margin=trust_margin,
+        halt_reward=halt_reward,
         start=start,
         rounds=rounds,
         real_steps=real_steps,

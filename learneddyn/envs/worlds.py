@@ -73,6 +73,7 @@ def save_world(
     penalty_weight: float = 0.0,
     data: Transitions | None = None,
     trust_margin: float | None = 0.5,
+    halt_reward: float | None = None,
     horizon: int | None = None,
     start: Float[Tensor, "n o"] | None = None,
 ) -> None:
@@ -89,6 +90,7 @@ def save_world(
         penalty_weight: reward units per penalty unit.
         data: what the model was fitted on; with a margin, steps that leave its box are not trusted.
         trust_margin: widening of each side of that box, as a share of the column's range; None trusts every step.
+        halt_reward: reward of a step that is not trusted, which then terminates; None truncates there. See `World`.
         horizon: steps of an episode; None is the task's time limit.
         start: observations that episodes begin at; None leaves it to the task.
 
@@ -107,6 +109,7 @@ def save_world(
         "penalty": penalty,
         "penalty_weight": penalty_weight,
         "trust_margin": trust_margin,
+        "halt_reward": halt_reward,
         "horizon": horizon,
     }
     tables = {} if start is None else {"start": start}
@@ -171,6 +174,7 @@ def _assemble(
         penalty=None if card["penalty"] is None else PENALTIES[card["penalty"]],
         penalty_weight=card["penalty_weight"],
         trust=within_box(tables["low"], tables["high"], card["trust_margin"]) if boxed else all_trusted,
+        halt_reward=card["halt_reward"],
     )
     return LoadedWorld(world, card["horizon"], tables.get("start"))
 
@@ -187,7 +191,16 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{folder} has world format {found!r}, this version ({learneddyn.__version__}) reads format {FORMAT}; save "
             "the world again or install the version that wrote it"
         )
-    missing = {"task", "sampler", "penalty", "penalty_weight", "trust_margin", "horizon", "sha256"} - set(card)
+    missing = {
+        "task",
+        "sampler",
+        "penalty",
+        "penalty_weight",
+        "trust_margin",
+        "halt_reward",
+        "horizon",
+        "sha256",
+    } - set(card)
     if missing:
         raise WorldFileError(f"{folder}/world.json lacks {sorted(missing)}")
     if hashlib.sha256(blob).hexdigest() != card["sha256"]:

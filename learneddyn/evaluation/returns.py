@@ -183,9 +183,9 @@ def imagined(
 
 
 def unpenalised(world: World, *, trust_all: bool = False) -> World:
-    """Return the same world without its reward penalty and, if asked, trusting every finite step."""
+    """Return the same world without its reward penalty and halt reward and, if asked, trusting every finite step."""
     bare = copy.copy(world)
-    bare.penalty, bare.penalty_weight = None, 0.0
+    bare.penalty, bare.penalty_weight, bare.halt_reward = None, 0.0, None
     if trust_all:
         bare.trust = all_trusted
     return bare

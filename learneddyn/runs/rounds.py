@@ -52,6 +52,7 @@ class RoundsConfig:
         penalty_weight: reward units per penalty unit.
         trust_margin: an imagined step is trusted inside the box of the data, widened by this share of each column's
             range; None trusts every finite step.
+        halt_reward: reward of a step that is not trusted, which then terminates; None truncates there.
         start: ``"task"``, ``"data"`` (anywhere in the data) or ``"data:first"`` (first observations of its episodes).
         rounds: rounds at most, the first included.
         real_steps: real steps that the agent takes between two rounds, actions sampled.
@@ -70,6 +71,7 @@ class RoundsConfig:
     penalty: str | None = None
     penalty_weight: float = 0.0
     trust_margin: float | None = 0.5
+    halt_reward: float | None = None
     start: str = "task"
     rounds: int = 1
     real_steps: int = 1000
@@ -213,6 +215,7 @@ def _save_world(config: RoundsConfig, model: AbstractDynamics, data: Transitions
         penalty_weight=config.penalty_weight,
         data=data,
         trust_margin=config.trust_margin,
+        halt_reward=config.halt_reward,
         horizon=config.horizon,
         start=starts[config.start],
     )
@@ -257,6 +260,7 @@ def _learn(
     fresh = here / ".agent.zip"
     agent.save(fresh)
     os.replace(fresh, here / "agent.zip")
+    agent.logger.close()
     env.close()
     return agent
 

@@ -35,6 +35,7 @@ def check_world(world: World, obs: Tensor | None = None) -> None:
         penalty=world.penalty,
         penalty_weight=world.penalty_weight,
         trust=world.trust,
+        halt_reward=world.halt_reward,
     )
     with torch.no_grad():
         _check_start(world, obs, contracts)

@@ -22,6 +22,10 @@ class World:
         penalty: uncertainty to subtract from the reward, see `learneddyn.world.penalties`.
         penalty_weight: weight of the penalty, in reward units per penalty unit.
         trust: which steps to believe; see `learneddyn.world.trust`.
+        halt_reward: None leaves it to the caller to stop at a step that is not trusted (environments truncate there,
+            and a learner bootstraps the value of a state nobody has seen). A number makes such a step a termination
+            with this reward and no future: the HALT state of Kidambi, Rajeswaran, Netrapalli, Joachims, "MOReL:
+            Model-Based Offline Reinforcement Learning" (2020), with ``halt_reward = -kappa``.
 
     Raises:
         ValueError: the model is not fitted, or neither task nor model answers reward or termination.
@@ -36,6 +40,7 @@ class World:
         penalty: Penalty | None = None,
         penalty_weight: float = 0.0,
         trust: Trust = all_trusted,
+        halt_reward: float | None = None,
     ) -> None:
         if dynamics.spaces is None:
             raise ValueError(f"{type(dynamics).__name__} has not been fitted: call fit(data) or load a model first")
@@ -45,7 +50,8 @@ class World:
             raise ValueError(f"penalty_weight is {penalty_weight} but no penalty is given")
         self.dynamics, self.task, self.spaces = dynamics, task, dynamics.spaces
         self.sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
-        self.penalty, self.penalty_weight, self.trust = penalty, penalty_weight, trust
+        self.penalty, self.penalty_weight = penalty, penalty_weight
+        self.trust, self.halt_reward = trust, halt_reward
 
     def start(self, obs: Float[Tensor, "b o"], rng: torch.Generator) -> State:
         """Return the state of lanes that begin at ``obs``, each with an elite drawn for it.
@@ -165,6 +171,9 @@ class World:
         reward = torch.where(finite, reward, torch.zeros_like(reward))
         terminated = self._terminated(after.obs, outcome) & finite
         trusted = self.trust(state, action, after) & finite
+        if self.halt_reward is not None:
+            reward = torch.where(trusted, reward, self.halt_reward)
+            terminated, trusted = terminated | ~trusted, torch.ones_like(trusted)
         return after, Step(reward, terminated, trusted), finite
 
     def _reward(self, obs: Tensor, action: Tensor, outcome: Outcome) -> Tensor:

@@ -155,6 +155,20 @@ def test_memory_follows_its_row_through_a_rollout():
     assert data.episode.bincount().tolist() == [1, 2, 4]
 
 
+def test_halting_turns_distrust_into_a_termination_with_its_own_reward():
+    """MOReL's HALT: the step is kept, pays -kappa and has no future; trusted steps are untouched."""
+    box = within_box(torch.tensor([-10.0]), torch.tensor([2.5]))
+    plain = World(Shifts([[1.0]]), task(), trust=box)
+    halting = World(Shifts([[1.0]]), task(), trust=box, halt_reward=-7.0)
+    start = torch.tensor([[0.0], [2.0]])
+    one, other = (world.rollout(start, still, 5, generator(0)) for world in (plain, halting))
+    assert one.next_obs[:, 0].tolist() == [1.0, 2.0]
+    assert other.next_obs[:, 0].tolist() == [1.0, 2.0, 3.0, 3.0]
+    assert other.terminated.tolist() == [False, False, True, True]
+    assert other.reward[2:].tolist() == [-7.0, -7.0]
+    assert torch.equal(other.reward[:2], one.reward)
+
+
 def test_rollout_may_have_no_trusted_row_at_all():
     world = World(
         Shifts([[1.0]]), task(), trust=lambda state, action, after: torch.zeros(len(state.obs), dtype=torch.bool)
