@@ -37,7 +37,7 @@ from learneddyn.runs import (
 )
 from learneddyn.runs.report import report_runs
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 _PRESETS = Path(str(files("learneddyn") / "configs"))
 
 
@@ -123,9 +123,9 @@ def collect(
 
 
 def fit(
-    dataset: list[str],
     env_id: str,
-    out: str,
+    dataset: list[str],
+    out: str = "runs/world",
     model: AbstractDynamics | None = None,
     sampler: str = "elite",
     penalty: str | None = None,
@@ -142,8 +142,8 @@ def fit(
     """Fit a model on Minari data sets and write a world that gym.make opens.
 
     Args:
-        dataset: ids of Minari data sets of one environment.
-        env_id: Gymnasium id of that environment; it gives task, start states and the judge.
+        env_id: Gymnasium id of the real environment; it gives task, start states and the judge.
+        dataset: ids of Minari data sets of that environment.
         out: world folder to write; a world there is replaced.
         model: class path and arguments of the dynamics model, by default ProbabilisticEnsemble.
         sampler: mean, ts1, tsinf or elite.
@@ -185,7 +185,7 @@ def fit(
 
 def train(
     env_id: str,
-    out: str,
+    out: str = "runs/train",
     world: str | None = None,
     dataset: list[str] | None = None,
     grades: dict[str, int] | None = None,
@@ -304,7 +304,7 @@ def train(
 def evaluate(
     world: str,
     agent: str,
-    out: str,
+    out: str = "runs/evaluate",
     algorithm: str = "PPO",
     episodes: int = 20,
     seed: int = 0,
@@ -337,8 +337,8 @@ def evaluate(
 
 def render(
     world: str,
-    out: str,
     agent: str | None = None,
+    out: str = "runs/side_by_side.gif",
     algorithm: str = "PPO",
     steps: int = 200,
     closed_loop: bool = True,
@@ -350,8 +350,8 @@ def render(
 
     Args:
         world: name or folder of the world.
-        out: the GIF.
         agent: zip of a Stable-Baselines3 agent; without one, random actions on both sides.
+        out: the GIF.
         algorithm: of the agent.
         steps: longest episode shown.
         closed_loop: the agent acts on what it sees on each side; false replays the real side's actions on both.
@@ -379,7 +379,7 @@ def render(
         seed=seed,
         device=device,
     )
-    console.print(out)
+    console.print(out, soft_wrap=True)
 
 
 def demo(

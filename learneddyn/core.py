@@ -241,8 +241,8 @@ class Dynamics(Protocol):
 class Codec(Protocol):
     """Observation <-> simulator state of a task, batched.
 
-    ``lost`` says in words what the observation does not hold; ``exact`` lists the observation columns that are functions
-    of ``qpos`` and ``qvel`` as they stand, so that `from_simulator` gives them as the environment does.
+    ``lost`` says in words what the observation does not hold; ``exact`` lists the observation columns that are
+    functions of ``qpos`` and ``qvel`` as they stand, so that `from_simulator` gives them as the environment does.
     """
 
     lost: str
