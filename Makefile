@@ -20,8 +20,9 @@ test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal --durations 15
 
 world: $(VENV)/.base
-	$(BIN)/learneddyn collect InvertedPendulum-v5 learneddyn/inverted-pendulum-v0 --steps 3000 --grade replay \
-	  --algorithm PPO --algorithm_kwargs '{n_steps: 256}' --target_return 900 --train_steps 100000 --overwrite true
+	$(BIN)/learneddyn collect InvertedPendulum-v5 learneddyn/pendulum-random-v0 --steps 2000 --overwrite true
+	$(BIN)/learneddyn collect InvertedPendulum-v5 learneddyn/pendulum-medium-v0 --steps 4000 --grade medium \
+	  --algorithm PPO --algorithm_kwargs '{n_steps: 512}' --target_return 900 --train_steps 100000 --overwrite true
 	$(BIN)/learneddyn fit --config inverted-pendulum
 
 bench: $(VENV)/.base

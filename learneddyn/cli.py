@@ -20,7 +20,7 @@ from learneddyn import tasks
 from learneddyn.core import Transitions, generator
 from learneddyn.data import algorithm_class, collect_grade, load
 from learneddyn.data import collect as collect_steps
-from learneddyn.data.grades import Grade
+from learneddyn.data.grades import Grade, algorithms
 from learneddyn.envs import load_world, save_world, world_names
 from learneddyn.evaluation import Round
 from learneddyn.evaluation.render import side_by_side
@@ -408,7 +408,7 @@ def demo(
 
 
 def list_all() -> None:
-    """Show tasks, worlds, data sets on this machine, presets and algorithms."""
+    """Show tasks, worlds, presets, algorithms, and the data sets on this machine."""
     import minari
 
     presets = sorted(f"{path.parent.name}/{path.stem}" for path in _PRESETS.glob("*/*.yaml"))
@@ -417,6 +417,7 @@ def list_all() -> None:
         ("tasks", tasks.names()),
         ("worlds", world_names()),
         ("presets", presets),
+        ("algorithms", sorted(algorithms())),
         ("data sets here", sorted(minari.list_local_datasets())),
     ):
         table.add_row(f"[bold]{name}", "\n".join(entries) or "none")

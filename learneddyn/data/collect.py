@@ -91,7 +91,10 @@ def collect(
     try:
         actor = _Actor(vector, behaviour, deterministic, epsilon, noise, seed)
         # Policies sample from PyTorch's global generator; the caller's stream must not notice.
-        with torch.random.fork_rng(), tqdm(total=steps, desc="collect", unit="step", disable=not progress) as bar:
+        with (
+            torch.random.fork_rng(),
+            tqdm(total=steps, desc="collect", unit="step", disable=None if progress else True) as bar,
+        ):
             torch.manual_seed(seed)
             data, seeds = _roll(vector, actor, steps, seed, bar)
         if dataset_id is not None:

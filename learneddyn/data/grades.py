@@ -179,18 +179,23 @@ def _medium_return(env_id: str, fraction: float) -> float:
     return entry.random + fraction * (entry.expert - entry.random)
 
 
+def algorithms() -> dict[str, Any]:
+    """Return the algorithms of Stable-Baselines3 and sb3-contrib by name."""
+    import sb3_contrib
+    import stable_baselines3
+    from stable_baselines3.common.base_class import BaseAlgorithm
+
+    members = (vars(stable_baselines3) | vars(sb3_contrib)).items()
+    return {key: kind for key, kind in members if isinstance(kind, type) and issubclass(kind, BaseAlgorithm)}
+
+
 def algorithm_class(name: str) -> Any:
     """Return the Stable-Baselines3 or sb3-contrib algorithm of that name.
 
     Raises:
         ValueError: there is none; lists the names.
     """
-    import sb3_contrib
-    import stable_baselines3
-    from stable_baselines3.common.base_class import BaseAlgorithm
-
-    members = (vars(stable_baselines3) | vars(sb3_contrib)).items()
-    known = {key: kind for key, kind in members if isinstance(kind, type) and issubclass(kind, BaseAlgorithm)}
+    known = algorithms()
     if name not in known:
         raise ValueError(f"algorithm must be one of {', '.join(sorted(known))}, got '{name}'")
     return known[name]

@@ -7,7 +7,7 @@ from typing import Any
 
 from learneddyn import tasks
 from learneddyn.core import Json, Transitions, generator
-from learneddyn.data import algorithm_class
+from learneddyn.data import algorithm_class, collect
 from learneddyn.envs import load_world
 from learneddyn.evaluation import (
     Calibration,
@@ -31,6 +31,7 @@ _FRESH = 777_000
 """Added to the seed of the last judgement, so that the rounds' stop rule has not seen these episodes."""
 _HORIZON = 50
 _CLOUDS = (1, 2, 5, 10, 20)
+_RANDOM_STEPS = 2000
 
 
 def report_runs(
@@ -69,15 +70,19 @@ def report_runs(
         real = evaluate(agent, config.real_id, episodes=config.episodes, seed=seed + _FRESH, record=True, device=device)
         final[seed], curves[f"seed {seed}"] = real, _curve(home, len(rounds[seed]))
         imagination = load_world(world or last / "world", device).world
-        data = last / "data.safetensors"
-        reference = load_transitions(data, device) if data.exists() else None
         name, rng = f"seed {seed}, the agent's own real episodes", generator(seed, device)
+        random = collect(config.real_id, steps=_RANDOM_STEPS, lanes=1, seed=seed + _FRESH, progress=False)
+        data = last / "data.safetensors"
+        reference = load_transitions(data, device) if data.exists() else random
         assert real.transitions is not None
         fidelity[name], clouds = _fidelity(imagination, real.transitions, reference, rng)
         accuracy[name] = step_accuracy(imagination, real.transitions, rng=rng)
         if clouds is not None:
             calibration[name] = clouds
         if seed == seeds[0]:
+            fidelity[f"seed {seed}, fresh episodes of random actions"], _ = _fidelity(
+                imagination, random.to(device), reference, rng
+            )
             side_by_side(agent, imagination, config.real_id, gif, seed=seed, device=device)
     notes = [
         f"Real episodes of round tables judge and stop; the last agents on {config.episodes} fresh episodes each: "

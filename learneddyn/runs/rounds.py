@@ -299,11 +299,15 @@ def _judge(
     loaded = load_world(world, device)
     real = evaluate(agent, config.real_id, episodes=config.episodes, seed=seed, record=True, device=device)
     rng = generator(seed, device)
-    dreamt = imagined(agent, loaded.world, rng=rng, episodes=config.episodes, horizon=loaded.horizon, start=real.starts)
+    # Real episodes run to the task's time limit; agents may have learned on shorter ones.
+    horizon = loaded.world.task.max_episode_steps or loaded.horizon
+    dreamt = imagined(agent, loaded.world, rng=rng, episodes=config.episodes, horizon=horizon, start=real.starts)
     assert real.transitions is not None
+    # A world that came without its data is measured in the standard deviations of a random policy's episodes.
+    known = collect(config.real_id, steps=1000, lanes=1, seed=seed, progress=False) if data is None else data
     steps = max(1, min(_ERROR_HORIZON, longest_window(real.transitions, windows=50)))
     fidelity = fidelity_of_log(
-        loaded.world, real.transitions, horizon=steps, rng=rng, windows=500, full=False, reference=data
+        loaded.world, real.transitions, horizon=steps, rng=rng, windows=500, full=False, reference=known
     )
     number = int(here.name.removeprefix("round-"))
     learned_from = 0 if data is None else len(data)
