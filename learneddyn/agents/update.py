@@ -38,11 +38,13 @@ class SACUpdate:
         head = cast(list[nn.Linear], [actor.mu, actor.log_std])
         self.actor = PackedMLP([*([[linear]] for linear in _linears(actor.latent_pi)), [head]], dtype)
         self.critic, self.target = (
-            PackedMLP([[[linear] for linear in nets] for nets in zip(*map(_linears, module.q_networks), strict=True)], dtype)
+            PackedMLP(
+                [[[linear] for linear in nets] for nets in zip(*map(_linears, module.q_networks), strict=True)], dtype
+            )
             for module in (critic, target)
         )
         self._actor_adam, self._critic_adam = (
-            PackedAdam(module.optimizer, net.parameters, net.places, net.tensors, net.grads)
+            PackedAdam(module.optimizer, net.parameters, net.flat, net.grad, net.views)
             for module, net in ((actor, self.actor), (critic, self.critic))
         )
         self._adams = [self._actor_adam, self._critic_adam]
@@ -51,13 +53,9 @@ class SACUpdate:
             self._alpha = model.ent_coef_tensor
         else:
             self._alpha = model.log_ent_coef
-            self._alpha_grad = torch.zeros(1, 1, device=model.device)
+            self._alpha_grad = torch.zeros_like(self._alpha)
             self._alpha_adam = PackedAdam(
-                model.ent_coef_optimizer,
-                [self._alpha],
-                [(0, 0, slice(None))],
-                [self._alpha.detach()[None]],
-                [self._alpha_grad],
+                model.ent_coef_optimizer, [self._alpha], self._alpha.detach(), self._alpha_grad, lambda flat: [flat]
             )
             self._adams.append(self._alpha_adam)
         self._pointer = self._alpha.data_ptr()
@@ -86,7 +84,7 @@ class SACUpdate:
         obs, next_obs = batch.observations.flatten(1).float(), batch.next_observations.flatten(1).float()
         rows, obs_dim = obs.shape
 
-        out = self.actor.forward(torch.cat((obs, next_obs))[None])[0]
+        out = self.actor.forward(torch.cat((obs, next_obs)))[0]
         mean, raw = out.chunk(2, dim=1)
         noise = torch.empty_like(mean)
         noise[:rows].normal_()  # two draws, as Stable-Baselines3 makes them: the same seed gives the same noise
@@ -100,17 +98,17 @@ class SACUpdate:
 
         alpha, alpha_loss = self._step_alpha(log_prob[:rows].mean() + target_entropy)
 
-        value = self.target.forward(torch.cat((next_obs, action[rows:]), 1)[None]).amin(0)
+        value = self.target.forward(torch.cat((next_obs, action[rows:]), 1)).amin(0)
         value.sub_(alpha * log_prob[rows:]).mul_(1 - batch.dones).mul_(discount).add_(batch.rewards)
-        error = self.critic.forward(torch.cat((obs, batch.actions), 1)[None]) - value
+        error = self.critic.forward(torch.cat((obs, batch.actions), 1)) - value
         critic_loss = error.square().sum() * (0.5 / rows)
         self.critic.backward(error / rows)
         self._critic_adam.step()
         self.critic.refresh()
 
-        least, index = self.critic.forward(torch.cat((obs, action[:rows]), 1)[None]).min(0, keepdim=True)
+        least, index = self.critic.forward(torch.cat((obs, action[:rows]), 1)).min(0, keepdim=True)
         actor_loss = alpha * log_prob[:rows].mean() - least.mean()
-        chosen = torch.zeros(len(self.critic.grads[0]), rows, 1, device=obs.device).scatter_(0, index, -1 / rows)
+        chosen = torch.zeros(self.critic.count, rows, 1, device=obs.device).scatter_(0, index, -1 / rows)
         grad_u = self.critic.input_grad(chosen, obs_dim)
         grad_u = (grad_u + action[:rows] * (2 / rows * alpha) / slack[:rows]) * slope[:rows]
         grad_log_std = grad_u * spread[:rows] - alpha / rows
@@ -122,7 +120,7 @@ class SACUpdate:
 
     def follow(self, tau: float) -> None:
         """Move the target critics towards the critics by the share ``tau``."""
-        torch._foreach_lerp_(self.target.tensors, self.critic.tensors, tau)
+        self.target.flat.lerp_(self.critic.flat, tau)
         self.target.refresh()
 
     def _step_alpha(self, excess: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
