@@ -10,15 +10,19 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, silu, softplus
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from tqdm import tqdm
 
 from learneddyn.core import DataError, Outcome, Prediction, Transitions
 from learneddyn.models.base import AbstractDynamics, FitReport
+from learneddyn.models.rollout import Parts, Snapshot
 from learneddyn.spaces import Spaces
 
 # A column that never changes is copied, not learned; its noise is far below anything a task can feel.
@@ -44,6 +48,14 @@ class _Score(NamedTuple):
     watched: Float[Tensor, " e"]
 
 
+class _Frozen(NamedTuple):
+    """The networks as they were when the tensors, held here, had these versions and addresses."""
+
+    networks: Snapshot
+    stamp: list[tuple[int, int]]
+    held: list[Tensor]
+
+
 class ProbabilisticEnsemble(AbstractDynamics):
     """E networks map (obs, action) to a Gaussian over the change of the observation (and the reward).
 
@@ -51,6 +63,10 @@ class ProbabilisticEnsemble(AbstractDynamics):
     networks. Each network trains on its own bootstrap of the data by Gaussian negative log-likelihood, stops early on
     the hold-out squared error, and keeps its best weights; the ``num_elites`` networks with the lowest hold-out error
     are the ones rollouts use. Inputs are standardised by the training rows of the latest fit.
+
+    Where no gradient can be asked (``torch.no_grad``), `sample` and `predict` answer from a copy of the networks laid
+    out for speed, equal to float rounding, which is made anew after any change of the weights that PyTorch counts:
+    writes through ``tensor.data`` are not counted.
 
     Three choices lie outside the sources and are off or harmless by default: ``scale_targets`` standardises targets too
     (small changes then weigh as much as large ones); columns whose change is constant in the data (goals, unused
@@ -77,6 +93,8 @@ class ProbabilisticEnsemble(AbstractDynamics):
         patience: epochs without progress before training stops.
         max_epochs: upper bound of epochs, None for no bound.
         bootstrap: draw each network's rows with replacement; False gives all networks the same rows.
+        precision: ``"bf16"`` lets `sample` compute the layers of two rows or more in bfloat16; `predict`, and with it
+            every metric and penalty, stays in float32.
 
     Raises:
         ValueError: an argument outside its range (names it, the value, what is allowed).
@@ -101,6 +119,7 @@ class ProbabilisticEnsemble(AbstractDynamics):
         patience: int = 5,
         max_epochs: int | None = None,
         bootstrap: bool = True,
+        precision: str = "fp32",
     ) -> None:
         super().__init__()
         layers = len(hidden) + 1
@@ -114,6 +133,7 @@ class ProbabilisticEnsemble(AbstractDynamics):
             ("holdout_ratio", 0 < holdout_ratio < 1, holdout_ratio, "between 0 and 1"),
             ("patience", patience >= 0, patience, "at least 0"),
             ("max_epochs", max_epochs is None or max_epochs >= 1, max_epochs, "None or at least 1"),
+            ("precision", precision in ("fp32", "bf16"), precision, "'fp32' or 'bf16'"),
         ):
             if not ok:
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
@@ -123,7 +143,8 @@ class ProbabilisticEnsemble(AbstractDynamics):
         self.learning_rate, self.weight_decay, self.batch_size = learning_rate, decay, batch_size
         self.holdout_ratio, self.holdout_max = holdout_ratio, holdout_max
         self.improvement, self.patience, self.max_epochs = improvement, patience, max_epochs
-        self.bootstrap = bootstrap
+        self.bootstrap, self.precision = bootstrap, precision
+        self._frozen: _Frozen | None = None
 
     @property
     def elites(self) -> Int[Tensor, " k"]:
@@ -150,6 +171,9 @@ class ProbabilisticEnsemble(AbstractDynamics):
         self.register_buffer("relative", torch.ones(o))
         self.register_buffer("_elites", torch.arange(self.num_elites))
         self.relative[self.absolute] = 0.0
+        plain = [column for column in range(o) if column not in self.angles]
+        self.register_buffer("_angle", torch.tensor(self.angles, dtype=torch.long), persistent=False)
+        self.register_buffer("_plain", torch.tensor(plain, dtype=torch.long), persistent=False)
 
     def _initialise(self, rng: torch.Generator) -> None:
         for weight in self.weights:
@@ -160,9 +184,8 @@ class ProbabilisticEnsemble(AbstractDynamics):
         """Return raw features: observation with angles as cosine and sine, then the action."""
         if not self.angles:
             return torch.cat([obs, action], dim=1)
-        plain = [column for column in range(obs.shape[1]) if column not in self.angles]
-        angle = obs[:, self.angles]
-        return torch.cat([obs[:, plain], angle.cos(), angle.sin(), action], dim=1)
+        angle = obs.index_select(1, self._angle)
+        return torch.cat([obs.index_select(1, self._plain), angle.cos(), angle.sin(), action], dim=1)
 
     def _targets(self, data: Transitions) -> Float[Tensor, "n q"]:
         change = data.next_obs - self.relative * data.obs
@@ -201,17 +224,20 @@ class ProbabilisticEnsemble(AbstractDynamics):
             ValueError: the ensemble has not been fitted.
         """
         self._require_fitted()
-        x = self._standardised(obs, action)
-        heads = self._networks(x.expand(self.num_members, -1, -1))
-        mean, std = self._in_units(heads)
+        if snapshot := self._snapshot_for(obs, action):
+            mean, std, logit = snapshot.every(self._inputs(obs, action))
+        else:
+            x = self._standardised(obs, action)
+            heads = self._networks(x.expand(self.num_members, -1, -1))
+            (mean, std), logit = self._in_units(heads), heads.ended
         o = obs.shape[1]
         return Prediction(
-            mean=mean[..., :o] + self.relative * obs,
+            mean=mean[..., :o].addcmul(self.relative, obs),
             std=std[..., :o],
             elites=self.elites,
             reward_mean=mean[..., o] if self.learn_reward else None,
             reward_std=std[..., o] if self.learn_reward else None,
-            terminated=None if heads.ended is None else heads.ended.sigmoid(),
+            terminated=None if logit is None else logit.sigmoid(),
             memory=memory,
         )
 
@@ -231,22 +257,49 @@ class ProbabilisticEnsemble(AbstractDynamics):
             ValueError: the ensemble has not been fitted.
         """
         self._require_fitted()
+        snapshot = self._snapshot_for(obs, action)
+        if snapshot and len(obs) == 1 and obs.is_cpu:
+            return Outcome(*self._sample_one(snapshot, obs, action, member, rng, noise), memory)
+        if snapshot:
+            mean, std, logit = snapshot.grouped(self._inputs(obs, action), member)
+        else:
+            heads = self._one_per_row(obs, action, member)
+            (mean, std), logit = self._in_units(heads), heads.ended
+        if noise:
+            mean = mean.addcmul(std, torch.randn(mean.shape, generator=rng, device=mean.device))
+        ended = None
+        if logit is not None:
+            ended = logit.sigmoid() > (torch.rand(len(obs), generator=rng, device=obs.device) if noise else 0.5)
+        o = obs.shape[1]
+        reward = mean[:, o] if self.learn_reward else None
+        return Outcome(mean[:, :o].addcmul(self.relative, obs), reward, ended, memory)
+
+    def _sample_one(
+        self, snapshot: Snapshot, obs: Tensor, action: Tensor, member: Tensor, rng: torch.Generator, noise: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return next observation, reward and termination of a single row, with the draws that many rows would use."""
+        now = obs.detach().numpy()[0]
+        parts = [now]
+        if self.angles:
+            angle = now[self._angle.numpy()]
+            parts = [now[self._plain.numpy()], np.cos(angle), np.sin(angle)]
+        row, std, logit = snapshot.one(np.concatenate([*parts, action.detach().numpy()[0]]), int(member))
+        if noise:
+            row = row + std * torch.randn((1, len(row)), generator=rng).numpy()[0]
+        ended = None
+        if logit is not None:
+            ended = torch.tensor([logit]).sigmoid() > (torch.rand(1, generator=rng) if noise else 0.5)
+        o = len(now)
+        next_obs = torch.from_numpy(row[:o] + self.relative.numpy() * now)[None]
+        return next_obs, torch.from_numpy(row[o:]) if self.learn_reward else None, ended
+
+    def _one_per_row(self, obs: Tensor, action: Tensor, member: Tensor) -> _Heads:
+        """Return what the member of each row says, such that gradients flow."""
         order = member.argsort()
         sizes = torch.bincount(member, minlength=self.num_members).tolist()
         groups = self._standardised(obs, action)[order].split(sizes)
         out = torch.cat([self._one_network(index, x) for index, x in enumerate(groups) if len(x)])
-        heads = self._heads(torch.empty_like(out).index_copy(0, order, out))
-        mean, std = self._in_units(heads)
-        if noise:
-            mean = mean + std * torch.randn(mean.shape, generator=rng, device=mean.device)
-        ended = None
-        if heads.ended is not None:
-            probability = heads.ended.sigmoid()
-            bar = torch.rand(len(obs), generator=rng, device=obs.device) if noise else 0.5
-            ended = probability > bar
-        o = obs.shape[1]
-        reward = mean[:, o] if self.learn_reward else None
-        return Outcome(mean[:, :o] + self.relative * obs, reward, ended, memory)
+        return self._heads(torch.empty_like(out).index_copy(0, order, out))
 
     def _one_network(self, index: int, x: Float[Tensor, "b i"]) -> Float[Tensor, "b w"]:
         last = len(self.weights) - 1
@@ -335,7 +388,7 @@ class ProbabilisticEnsemble(AbstractDynamics):
         kept = [tensor.detach().clone() for tensor in self._member_tensors()]
         history: list[dict[str, float]] = []
         stale = 0
-        with tqdm(desc="fit ensemble", unit="epoch", disable=not progress, leave=False) as bar:
+        with tqdm(desc="fit ensemble", unit="epoch", disable=None if progress else True, leave=False) as bar:
             while stale <= self.patience and (self.max_epochs is None or len(history) < self.max_epochs):
                 index = self._shuffled(index, rng)
                 loss = torch.zeros((), device=device)
@@ -408,6 +461,41 @@ class ProbabilisticEnsemble(AbstractDynamics):
         i, q = len(self.input_mean), len(self.max_logvar)
         return batch[..., :i], batch[..., i : i + q], batch[..., -1]
 
+    def _snapshot_for(self, obs: Tensor, action: Tensor) -> Snapshot | None:
+        """Return a copy of the networks as they are now, or None where a gradient may be asked or a graph traced."""
+        if torch.compiler.is_compiling():
+            return None
+        # Through the dictionaries: this runs at every step, and ParameterList takes a microsecond per item.
+        held = self.weights._parameters, self.biases._parameters, self._parameters, self._buffers
+        tensors: list[Tensor] = [tensor for group in held for tensor in group.values() if tensor is not None]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (obs, action, *tensors)):
+            return None
+        # PyTorch counts the in-place writes of a tensor; a swapped tensor, device or storage changes the address, as
+        # long as the old memory is held.
+        stamp = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
+        if self._frozen is None or stamp != self._frozen.stamp:
+            self._frozen = _Frozen(self._freeze(), stamp, [tensor.detach() for tensor in tensors])
+            _FROZEN.add(self)
+        return self._frozen.networks
+
+    def _freeze(self) -> Snapshot:
+        with torch.inference_mode(False), torch.no_grad():
+            parts = Parts(
+                weights=list(self.weights),
+                biases=list(self.biases),
+                max_logvar=self.max_logvar,
+                min_logvar=self.min_logvar,
+                input_mean=self.input_mean.float(),
+                input_std=self.input_std.float(),
+                target_mean=self.target_mean.float(),
+                target_scale=self.target_std.float() * self.learned,
+                least_std=_CONSTANT_STD * (~self.learned),
+            )
+            return Snapshot(parts, half=self.precision == "bf16")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_frozen": None}
+
     def _member_tensors(self) -> list[Tensor]:
         return [*self.weights, *self.biases]
 
@@ -423,11 +511,29 @@ class ProbabilisticEnsemble(AbstractDynamics):
     learned: Bool[Tensor, " q"]
     relative: Tensor
     _elites: Tensor
+    _angle: Tensor
+    _plain: Tensor
+
+
+_FROZEN: WeakSet[ProbabilisticEnsemble] = WeakSet()
+"""Ensembles that hold a copy of their networks."""
+
+
+def _thaw(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Drop the copies of networks that a fused optimiser has just changed: it leaves PyTorch's counters alone."""
+    fused = [group for group in optimizer.param_groups if group.get("fused")]
+    changed = {id(parameter) for group in fused for parameter in group["params"]}
+    for model in list(_FROZEN) if changed else ():
+        if any(id(parameter) in changed for parameter in model.parameters()):
+            model._frozen = None
+
+
+register_optimizer_step_post_hook(_thaw)
 
 
 def _decay_per_layer(weight_decay: Sequence[float] | float | None, layers: int) -> list[float]:
     if weight_decay is None:
-        return ([2.5e-5, 5e-5] + [7.5e-5] * (layers - 3))[: layers - 1] + [1e-4]
+        return [*[2.5e-5, 5e-5, *[7.5e-5] * (layers - 3)][: layers - 1], 1e-4]
     return [float(weight_decay)] * layers if isinstance(weight_decay, int | float) else [*map(float, weight_decay)]
 
 

@@ -26,6 +26,8 @@ def draw_members(choices: Int[Tensor, " k"], lanes: int, rng: torch.Generator) -
     Equal shares keep each row's marginal uniform and let a model group its rows into blocks of one static size; rows
     of one call are therefore not exactly independent (the counts per member do not fluctuate).
     """
+    if lanes == 1:
+        return choices[torch.randint(len(choices), (1,), generator=rng, device=choices.device)]
     shuffled = torch.randperm(len(choices), generator=rng, device=choices.device)
     order = torch.randperm(lanes, generator=rng, device=choices.device)
     return choices[shuffled[order % len(choices)]]

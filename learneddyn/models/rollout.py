@@ -1,0 +1,237 @@
+"""The networks of an ensemble as rollouts use them: a frozen copy that answers fast, without autograd.
+
+Rows are grouped by member, so that a row costs one network instead of all of them, and padded to groups of one size, so
+that a layer is one batched product. A block of rows runs through all layers in two buffers before the next one begins,
+because fresh memory, or memory beyond the cache, costs more than anything else that could be saved here. A single row
+goes through NumPy, whose calls cost a fraction of PyTorch's.
+
+Inputs are standardised apart from the first layer: folded into its weights, a large mean over a small deviation would
+cancel digits, and the two operations cost less than a hundredth of a step.
+"""
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor
+from torch.nn.functional import silu
+
+ROWS = 512
+"""Rows per member in one block: two hidden layers of the usual width then fit a core's cache."""
+
+_ROWS_PER_MEMBER = 10  # the calls of one more batched product cost about as much as this many rows
+
+
+class Parts(NamedTuple):
+    """What an ensemble hands over, float32.
+
+    A network's first q outputs are the means of the targets in units of ``target_scale``, the next q their
+    log-variances before the bounds, and one more, if there is one, the logit of a termination.
+    """
+
+    weights: Sequence[Float[Tensor, "e _ _"]]
+    biases: Sequence[Float[Tensor, "e 1 _"]]
+    max_logvar: Float[Tensor, " q"]
+    min_logvar: Float[Tensor, " q"]
+    input_mean: Float[Tensor, " i"]
+    input_std: Float[Tensor, " i"]
+    target_mean: Float[Tensor, " q"]
+    target_scale: Float[Tensor, " q"]
+    """Standard deviation of the targets; zero in columns that are copied instead of learned."""
+    least_std: Float[Tensor, " q"]
+    """Added to the predicted noise, in environment units."""
+
+
+class Answer(NamedTuple):
+    """Means and standard deviations of the targets in environment units, and the logit of a termination."""
+
+    mean: Float[Tensor, "*e b q"]
+    std: Float[Tensor, "*e b q"]
+    ended: Float[Tensor, "*e b"] | None
+
+
+class Snapshot:
+    """A copy of an ensemble's networks; it does not follow later changes of the weights.
+
+    The softly bounded log-variance of the model has ``exp(logvar) = exp(min) + exp(max) sigmoid(raw - max)``: a
+    standard deviation costs a sigmoid and a root here instead of two softplus and an exponential.
+
+    Args:
+        parts: the ensemble's tensors.
+        half: let `grouped` compute its layers in bfloat16; inputs are standardised and answers formed in float32.
+    """
+
+    def __init__(self, parts: Parts, half: bool = False) -> None:
+        q, last = len(parts.max_logvar), parts.weights[-1]
+        self._targets, self._width = q, last.shape[2]
+        scale, shift = last.new_ones(self._width), last.new_zeros(self._width)
+        scale[:q], shift[:q], shift[q : 2 * q] = parts.target_scale, parts.target_mean, -parts.max_logvar
+        weights, biases = [*parts.weights[:-1], last * scale], [*parts.biases[:-1], parts.biases[-1] * scale + shift]
+        self._full = _Layers([each.clone() for each in weights], [each.clone() for each in biases])
+        self._fast = _Layers([w.bfloat16() for w in weights], [b.bfloat16() for b in biases]) if half else self._full
+        self._input_mean, self._input_gain = parts.input_mean.clone(), 1 / parts.input_std
+        self._least = parts.target_scale.square() * parts.min_logvar.exp() + parts.least_std.square()
+        self._range = parts.target_scale.square() * parts.max_logvar.exp()
+        self._buffers = _Buffers()
+        if last.is_cpu:
+            units = self._input_mean, self._input_gain, self._least, self._range
+            self._one = _OneRow(self._full, units, q)
+
+    def one(self, x: Float32[np.ndarray, " i"], member: int) -> tuple[np.ndarray, np.ndarray, float | None]:
+        """Return mean, standard deviation and termination logit of one row of features; on the CPU, in float32."""
+        return self._one(x, member)
+
+    def grouped(self, x: Float[Tensor, "b i"], member: Int[Tensor, " b"]) -> Answer:
+        """Ask one member per row. Waits for the device once, for the size of the groups."""
+        rows = len(x)
+        order = member.argsort()
+        counts = torch.bincount(member, minlength=self._full.members).tolist()
+        # Padding fills the groups with an extra row that nobody reads.
+        features = self._buffers.take("features", x, rows + 1, x.shape[1])
+        torch.sub(x, self._input_mean, out=features[:rows]).mul_(self._input_gain)
+        features[rows] = 0.0
+        out = self._buffers.take("out", x, rows + 1, self._width)
+        for members, table in _groups(order, counts):
+            layers = self._fast.of(members)
+            for block in table.split(_even(table.shape[1], ROWS), dim=1):
+                index = block.reshape(-1)
+                h = self._buffers.take("x", layers.weights[0], *block.shape, x.shape[1])
+                h.copy_(features.index_select(0, index).view_as(h))
+                out.index_copy_(0, index, self._through(layers, h).view(len(index), -1))
+        answer = self._answer(out[:rows])
+        return answer._replace(mean=answer.mean.clone())
+
+    def every(self, x: Float[Tensor, "b i"]) -> Answer:
+        """Ask every member about every row, in float32."""
+        features = (x - self._input_mean) * self._input_gain
+        shape = (self._full.members, len(x), self._targets)
+        mean, std = x.new_empty(shape), x.new_empty(shape)
+        ended = x.new_empty(shape[:2]) if self._ends else None
+        size = _even(len(x), ROWS // 2)
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            part = self._answer(self._through(self._full, features[rows].expand(len(mean), -1, -1)))
+            mean[:, rows], std[:, rows] = part.mean, part.std
+            if ended is not None and part.ended is not None:
+                ended[:, rows] = part.ended
+        return Answer(mean, std, ended)
+
+    @property
+    def _ends(self) -> bool:
+        return self._width > 2 * self._targets
+
+    def _through(self, layers: "_Layers", h: Float[Tensor, "k c i"]) -> Float[Tensor, "k c w"]:
+        """Return the raw outputs; valid until the next call of this thread."""
+        last = len(layers.weights) - 1
+        for layer, (weight, bias) in enumerate(zip(layers.weights, layers.biases, strict=True)):
+            to = self._buffers.take(f"hidden {layer % 2}", h, *h.shape[:2], weight.shape[2])
+            h = torch.bmm(h, weight, out=to).add_(bias)
+            if layer < last:
+                silu(h, inplace=True)
+        return h if h.dtype == torch.float32 else h.float()
+
+    def _answer(self, out: Float[Tensor, "*e b w"]) -> Answer:
+        q = self._targets
+        std = out[..., q : 2 * q].sigmoid().mul_(self._range).add_(self._least).sqrt_()
+        return Answer(out[..., :q], std, out[..., -1] if self._ends else None)
+
+
+class _Layers:
+    """Weights and biases of some members."""
+
+    def __init__(self, weights: list[Float[Tensor, "e _ _"]], biases: list[Float[Tensor, "e 1 _"]]) -> None:
+        self.weights, self.biases, self.members = weights, biases, len(weights[0])
+        self.of = lru_cache(maxsize=8)(self._of)
+
+    def _of(self, members: tuple[int, ...]) -> "_Layers":
+        """Return the chosen members: a view where they are neighbours, else a contiguous copy."""
+        first = members[0]
+        index: Tensor | slice = slice(first, first + len(members))
+        if members != tuple(range(first, first + len(members))):
+            index = torch.tensor(members, device=self.weights[0].device)
+        return _Layers([weight[index] for weight in self.weights], [bias[index] for bias in self.biases])
+
+
+class _Buffers(threading.local):
+    """Memory that calls use again, apart for every thread; its content is lost at the next call."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Return memory of this shape, of the type and on the device of ``like``."""
+        size, held = math.prod(shape), self._memory.get(name)
+        if held is None or len(held) < size or held.dtype != like.dtype:
+            # Memory made in inference mode could not be written outside of it.
+            with torch.inference_mode(False):
+                held = self._memory[name] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return held[:size].view(shape)
+
+
+class _OneRow:
+    """One row through one member in NumPy, where a matrix-vector product wants the transposed weights."""
+
+    def __init__(self, layers: _Layers, units: tuple[Tensor, ...], targets: int) -> None:
+        self._layers, self._targets = layers, targets
+        self._mean, self._gain, self._least, self._range = (part.numpy() for part in units)
+        self._member = cache(self._transposed)
+
+    def __call__(self, x: Float32[np.ndarray, " i"], member: int) -> tuple[np.ndarray, np.ndarray, float | None]:
+        """Return mean, standard deviation and termination logit."""
+        hidden, (weight, bias) = self._member(member)
+        q = self._targets
+        # An exponential that overflows gives the right quotient, zero; what is not finite, the world refuses.
+        with np.errstate(over="ignore", invalid="ignore"):
+            h = (x - self._mean) * self._gain
+            for inner_weight, inner_bias in hidden:
+                h = inner_weight.dot(h)
+                h += inner_bias
+                h /= 1 + np.exp(-h)
+            out = weight.dot(h)
+            out += bias
+            std = np.sqrt(self._least + self._range / (1 + np.exp(-out[q : 2 * q])))
+        return out[:q], std, float(out[-1]) if len(out) > 2 * q else None
+
+    def _transposed(self, member: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], tuple[np.ndarray, np.ndarray]]:
+        pairs = [
+            (np.ascontiguousarray(weight[member].numpy().T), bias[member, 0].numpy())
+            for weight, bias in zip(self._layers.weights, self._layers.biases, strict=True)
+        ]
+        return pairs[:-1], pairs[-1]
+
+
+def _even(rows: int, most: int) -> int:
+    """Return the size of the fewest blocks of at most ``most`` rows, all about equal."""
+    blocks = max(1, -(-rows // most))
+    return max(1, -(-rows // blocks))
+
+
+def _groups(order: Int[Tensor, " b"], counts: list[int]) -> Iterator[tuple[tuple[int, ...], Int[Tensor, "k c"]]]:
+    """Yield members and the rows they answer, each member's padded with ``len(order)`` to the same number.
+
+    Members of about equal shares go together. Where padding would cost more than calls, every member goes alone.
+    """
+    if len(order) == 0:
+        return
+    used = [member for member, count in enumerate(counts) if count]
+    parts = [part for part in order.split(counts) if len(part)]
+    padding = len(used) * max(counts) - len(order)
+    if padding <= _ROWS_PER_MEMBER * len(used) + len(order) // 20:
+        yield tuple(used), _padded(parts, len(order))
+    else:
+        for member, part in zip(used, parts, strict=True):
+            yield (member,), _padded([part], len(order))
+
+
+def _padded(parts: list[Int[Tensor, " _"]], filler: int) -> Int[Tensor, "k c"]:
+    longest = max(len(part) for part in parts)
+    size = _even(longest, ROWS)
+    table = parts[0].new_full((len(parts), -(-longest // size) * size), filler)
+    for row, part in zip(table, parts, strict=True):
+        row[: len(part)] = part
+    return table
