@@ -25,8 +25,8 @@ class PackedMLP:
     With x_0 the input, z_l = x_l W_lᵀ + b_l, x_{l+1} = relu(z_l), y = z_L and g_l = dL/dz_l:
     dL/dW_l = g_lᵀ x_l, dL/db_l = Σ_rows g_l, dL/dx_l = g_l W_l, g_{l-1} = dL/dx_l ∘ 1{x_l > 0}.
 
-    With ``dtype=torch.bfloat16`` the products between hidden layers are taken in bf16. Weights, their gradients, and the
-    products with inputs and outputs stay float32: observations may need more than bf16's three digits, so do values.
+    With ``dtype=torch.bfloat16`` the products between hidden layers are taken in bf16. Weights, their gradients, and
+    the products with inputs and outputs stay float32: observations and values may need more than bf16's three digits.
 
     Args:
         layers: ``layers[l][i]`` are the modules that together make layer l of net i, stacked along the output.
@@ -118,10 +118,10 @@ class PackedMLP:
 
     def _layers(self, grad: Float[Tensor, "n b k"]) -> Iterator[tuple[int, Tensor]]:
         """Yield l and g_l from the last layer to the first."""
-        layer, rows = len(self._weights) - 1, slice(grad.shape[1])
-        yield layer, grad
+        rows = slice(grad.shape[1])
+        yield len(self._weights) - 1, grad
         g = grad.to(self._dtype)
-        for layer in range(layer, 0, -1):
+        for layer in range(len(self._weights) - 1, 0, -1):
             weight, flow = self._weights_low[layer], self._flow[layer - 1][:, rows]
             torch.mul(g, weight, out=flow) if g.shape[2] == 1 else torch.bmm(g, weight, out=flow)
             g = _mask(flow, self._hidden[layer - 1][:, rows], 0, grad_input=flow)
@@ -167,7 +167,6 @@ class PackedAdam:
                 state[name].copy_(value)
             self.optimizer.state[parameter] = state
             self._state.append(state)
-        self._tick = self._steps[0].to(self._flat.device, copy=True)  # the fused kernel wants it there
 
     @property
     def current(self) -> bool:
@@ -184,13 +183,14 @@ class PackedAdam:
             return
         group = self.optimizer.param_groups[0]
         self._steps += 1
-        self._tick += 1
+        mean, square = self._moments
         torch._fused_adam_(
             [self._flat],
             [self._grad],
-            *([moment] for moment in self._moments),
+            [mean],
+            [square],
             [],
-            [self._tick],
+            [self._steps[0].to(self._flat.device)],
             lr=group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],

@@ -12,7 +12,6 @@ from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from torch import nn
 
 from learneddyn.agents.update import SACUpdate
 
@@ -78,13 +77,15 @@ class FastSAC(SAC):
         if self.ent_coef_optimizer is not None:
             optimizers.append(self.ent_coef_optimizer)
         self._update_learning_rate(optimizers)
-        update = self._packed()
+        update, replay, entropy = self._packed(), self.replay_buffer, self.target_entropy
+        assert replay is not None
+        assert isinstance(entropy, float)
         figures = torch.empty(gradient_steps, 4, device=self.device)
         with torch.no_grad():
             for step in range(gradient_steps):
-                batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+                batch = replay.sample(batch_size, env=self._vec_normalize_env)
                 discount = self.gamma if batch.discounts is None else batch.discounts
-                torch.stack(update(batch, discount, self.target_entropy), out=figures[step])
+                torch.stack(update(batch, discount, entropy), out=figures[step])
                 if step % self.target_update_interval == 0:
                     update.follow(self.tau)
         self._n_updates += gradient_steps

@@ -48,11 +48,8 @@ class SACUpdate:
             for module, net in ((actor, self.actor), (critic, self.critic))
         )
         self._adams = [self._actor_adam, self._critic_adam]
-        self._alpha_adam: PackedAdam | None = None
-        if model.log_ent_coef is None or model.ent_coef_optimizer is None:
-            self._alpha = model.ent_coef_tensor
-        else:
-            self._alpha = model.log_ent_coef
+        self._alpha, self._alpha_adam = _alpha_of(model), None
+        if model.ent_coef_optimizer is not None:
             self._alpha_grad = torch.zeros_like(self._alpha)
             self._alpha_adam = PackedAdam(
                 model.ent_coef_optimizer, [self._alpha], self._alpha.detach(), self._alpha_grad, lambda flat: [flat]
@@ -64,8 +61,10 @@ class SACUpdate:
         """Whether the model still lives in these packed tensors."""
         return (
             self._modules == (model.actor, model.critic, model.critic_target)
+            and self._alpha is _alpha_of(model)
             and self._pointer == self._alpha.data_ptr()
-            and all(part.current for part in (self.actor, self.critic, self.target, *self._adams))
+            and all(net.current for net in (self.actor, self.critic, self.target))
+            and all(optimizer.current for optimizer in self._adams)
         )
 
     def refresh(self) -> None:
@@ -132,6 +131,11 @@ class SACUpdate:
         self._alpha_grad.copy_(-excess)
         self._alpha_adam.step()
         return alpha, loss
+
+
+def _alpha_of(model: SAC) -> Tensor:
+    """Return the logarithm of the temperature where it is learned, and the temperature where it is fixed."""
+    return model.ent_coef_tensor if model.log_ent_coef is None else model.log_ent_coef
 
 
 def _linears(net: nn.Module) -> list[nn.Linear]:
