@@ -88,6 +88,9 @@ def report_runs(
         f"Real episodes of round tables judge and stop; the last agents on {config.episodes} fresh episodes each: "
     ]
     notes[0] += "; ".join(f"seed {seed}: {_told(real)}" for seed, real in final.items()) + "."
+    logs = {seed: folder / f"seed-{seed}" / "round-0" / "data.safetensors" for seed in seeds}
+    if earned := [f"seed {seed}: {_earned(load_transitions(log))}" for seed, log in logs.items() if log.exists()]:
+        notes.append(f"What the first data earned, cut-off episodes included: {'; '.join(earned)}.")
     task = tasks.get(config.real_id)
     path = write_report(
         folder,
@@ -108,6 +111,12 @@ def report_runs(
 def _told(real: Returns) -> str:
     estimate = real.interval()
     return f"{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
+
+
+def _earned(data: Transitions) -> str:
+    _, episode = data.episode.unique(return_inverse=True)
+    returns = data.reward.new_zeros(int(episode.max()) + 1).index_add_(0, episode, data.reward)
+    return f"{float(returns.mean()):.1f} on average, {float(returns.max()):.1f} at best, in {len(returns)} episodes"
 
 
 def _fidelity(

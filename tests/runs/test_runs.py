@@ -184,6 +184,27 @@ def test_off_policy_agents_go_through_refits(tmp_path):
     assert len(run_rounds(config, tiny_model(), tiny_data(), tmp_path, seed=0)) == 2
 
 
+def test_agents_of_short_episodes_are_judged_on_full_ones(tmp_path):
+    """Both sides of the comparison run to the task's time limit, whatever horizon the agent learned on."""
+    config = replace(TINY, real_id="Pendulum-v1", horizon=5, trust_margin=None, rounds=1, episodes=2)
+    data = collect("Pendulum-v1", steps=120, lanes=1, seed=0, progress=False)
+    [entry] = run_rounds(config, tiny_model(), data, tmp_path, seed=0)
+    # 200 steps of an untrained pendulum cost hundreds, five steps at most 5 * 16.3.
+    assert entry.real.value < -300
+    assert entry.imagined.value < -300
+
+
+def test_the_report_says_what_the_first_data_earned(tmp_path):
+    data = tiny_data()
+    data = replace(data, reward=torch.ones(len(data)))
+    lengths = data.episode.bincount()
+    run_rounds(replace(TINY, rounds=2), tiny_model(), data, tmp_path / "seed-0", seed=0)
+    report_runs(tmp_path, TINY, [0], title="tiny", settings={})
+    notes = json.loads((tmp_path / "metrics.json").read_text())["notes"]
+    earned = f"{float(data.reward.sum()) / len(lengths):.1f} on average, {int(lengths.max())}.0 at best"
+    assert f"seed 0: {earned}, in {len(lengths)} episodes" in notes[1]
+
+
 def test_the_report_judges_the_last_agents_on_fresh_episodes(tmp_path):
     for seed in (0, 1):
         run_rounds(TINY, tiny_model(), tiny_data(seed=seed), tmp_path / f"seed-{seed}", seed=seed)
