@@ -58,14 +58,15 @@ def for_each_seed(
             running = {seed: pool.submit(_told, work, seed, queue) for seed in seeds}
             while not (all(future.done() for future in running.values()) or _failed(running)):
                 board.show(queue)
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             for future in _failed(running) or running.values():
                 future.result()
             return {seed: future.result() for seed, future in running.items()}
 
 
 def _failed(running: dict[int, Future[T]]) -> list[Future[T]]:
-    return [future for future in running.values() if future.done() and future.exception() is not None]
+    ended = [future for future in running.values() if future.done() and not future.cancelled()]
+    return [future for future in ended if future.exception() is not None]
 
 
 def _one_thread() -> None:

@@ -93,9 +93,10 @@ def test_one_seed_runs_here_and_reports():
     assert for_each_seed(lambda seed, notify: seed + 1, [4], progress=False) == {4: 5}
 
 
-def test_a_failing_seed_raises_its_own_error():
+def test_a_failing_seed_raises_its_own_error_once_the_running_ones_have_ended(capfd):
     with pytest.raises(ArithmeticError, match="seed 1 cannot"):
-        for_each_seed(fail_on_one, [0, 1], workers=2, progress=False)
+        for_each_seed(fail_on_one, [1, 0, 2, 3, 4, 5, 6], workers=2, progress=False)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("seeds", [[], [1, 1]])
