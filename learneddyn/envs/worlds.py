@@ -141,7 +141,7 @@ def load_world(name_or_folder: str | Path, device: torch.device | str = "cpu") -
     name = str(name_or_folder)
     if name.startswith(TRUTH):
         task = tasks.get(name.removeprefix(TRUTH))
-        return LoadedWorld(World(TruthDynamics(task), task), task.max_episode_steps)
+        return LoadedWorld(World(TruthDynamics(task, device=device), task), task.max_episode_steps)
     folder = _shipped() / name if name in world_names() else surviving_folder(Path(name_or_folder))
     if not folder.is_dir():
         raise WorldFileError(

@@ -66,7 +66,10 @@ class AbstractDynamics(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, data: Transitions, *, rng: torch.Generator, progress: bool = False) -> FitReport:
-        """Learn from the data; a second call goes on from the weights at hand (warm start)."""
+        """Learn from the data; a second call goes on from the weights at hand (warm start).
+
+        The first call makes the parameters on the data's device, where ``rng`` must be too.
+        """
 
     @abstractmethod
     def predict(
@@ -149,7 +152,7 @@ class AbstractDynamics(nn.Module, ABC):
         return model.to(device)
 
     def check_spaces(self, data: Transitions) -> Spaces:
-        """Return the spaces of ``data`` after building (first fit) or comparing (later fits).
+        """Return the spaces of ``data`` after building on its device (first fit) or comparing (later fits).
 
         Raises:
             ValueError: the data names no spaces, or others than the ones this model was fitted on.
@@ -158,6 +161,7 @@ class AbstractDynamics(nn.Module, ABC):
             raise ValueError("the data names no spaces: load it with learneddyn.data, or give it spaces=Spaces(...)")
         if self.spaces is None:
             self._build(data.spaces)
+            self.to(data.device)
             self.spaces = data.spaces
         elif self.spaces != data.spaces:
             raise ValueError(f"this model was fitted on {self.spaces}, the data has {data.spaces}")

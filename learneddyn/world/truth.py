@@ -52,11 +52,12 @@ class TruthDynamics:
     """The real environment of a task as error-free `learneddyn.core.Dynamics`, one member, no noise.
 
     Rows are stepped one after the other in NumPy, on ``threads`` threads with one environment each; tensors may live on
-    any device, but every step goes through the CPU.
+    any device, but every step goes through the CPU. Answers come on the device of the observations asked about.
 
     Args:
         task: a task, or the id of one (`learneddyn.tasks.get`). Its ``real_id`` names the environment; its codec is
             needed only to start from observations.
+        device: of `elites`, and so of the worlds and environments made of it.
         threads: environments that step side by side; by default one per CPU, made when rows need them.
 
     Raises:
@@ -67,8 +68,9 @@ class TruthDynamics:
 
     num_members = 1
 
-    def __init__(self, task: Task | str, *, threads: int | None = None) -> None:
+    def __init__(self, task: Task | str, *, device: torch.device | str = "cpu", threads: int | None = None) -> None:
         self.task = tasks.get(task) if isinstance(task, str) else task
+        self.device = torch.device(device)
         self.threads = (os.cpu_count() or 1) if threads is None else threads
         if self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
@@ -80,7 +82,7 @@ class TruthDynamics:
     @property
     def elites(self) -> Int[Tensor, " k"]:
         """The one member."""
-        return torch.zeros(1, dtype=torch.long)
+        return torch.zeros(1, dtype=torch.long, device=self.device)
 
     @property
     def lost(self) -> str:

@@ -278,6 +278,10 @@ def test_the_truth_stands_behind_the_same_environment():
     assert env.unwrapped.horizon == 1000
 
 
+def test_the_truth_is_loaded_for_the_device_asked_for():
+    assert load_world("truth:Pendulum-v1", "meta").world.dynamics.elites.device.type == "meta"
+
+
 def test_lanes_of_the_truth_restart_from_a_fresh_simulator_state(tmp_path: Path):
     start = torch.tensor([[0.1, 0.05, 0.2, 0.1]])
     kwargs = {"horizon": 3, "start": start}

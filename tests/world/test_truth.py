@@ -197,6 +197,11 @@ def test_rollout_splits_long_work_into_shares(monkeypatch):
     assert torch.equal(fast, truth.open_loop(obs, actions, memory).next_obs)
 
 
+def test_worlds_of_the_truth_are_on_the_device_asked_for():
+    assert TruthDynamics("Pendulum-v1", device="meta").elites.device.type == "meta"
+    assert TruthDynamics("Pendulum-v1").elites.device.type == "cpu"
+
+
 def test_errors_name_what_is_missing():
     truth = TruthDynamics(Task("Pendulum-v1"), threads=1)
     assert truth.lost == "the whole state"
