@@ -36,6 +36,13 @@ def surviving_folder(folder: Path) -> Path:
     return old if not folder.exists() and old.exists() else folder
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file beside the old one and move it into place."""
+    fresh = path.with_name(f".{path.name}.new")
+    write_file(fresh, content)
+    os.replace(fresh, path)
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write and flush to disk, so that a later rename cannot outrun the content."""
     with path.open("wb") as file:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from learneddyn.evaluation.calibration import Calibration
 from learneddyn.evaluation.fidelity import Fidelity, StepAccuracy
 from learneddyn.evaluation.returns import Gap, Imagined, Mismatch, Returns, real_vs_imagined
 from learneddyn.evaluation.stats import Estimate, bootstrap_difference, bootstrap_interval, plain
-from learneddyn.files import write_file
+from learneddyn.files import replace_file
 
 FORMAT = 1
 Curves = Mapping[str, Mapping[str, tuple[Any, Any]]]
@@ -290,7 +289,7 @@ def write_report(
         figures=figures or {},
         gif=gif if isinstance(gif, bytes | None) else Path(gif).read_bytes(),
         config=config or {},
-        versions=_versions(),
+        versions=versions(),
         headline=Headline.of(rounds, target),
         notes=notes,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -303,13 +302,12 @@ def write_report(
     target_folder = Path(folder)
     target_folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("metrics.json", metrics), ("report.html", html)):
-        fresh = target_folder / f".{name}.new"
-        write_file(fresh, content.encode())
-        os.replace(fresh, target_folder / name)
+        replace_file(target_folder / name, content.encode())
     return target_folder / "report.html"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
     names = ("torch", "gymnasium", "mujoco", "stable-baselines3", "sb3-contrib", "minari", "numpy")
     known = {"learneddyn": learneddyn.__version__, "python": platform.python_version()}
     return known | {name: metadata.version(name) for name in names}

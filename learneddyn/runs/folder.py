@@ -1,9 +1,6 @@
 """One folder per run: configuration, seed, versions, data, model, agent, records. A killed run can be resumed."""
 
 import json
-import os
-import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 
-import learneddyn
 from learneddyn.core import DataError, Json, Transitions
-from learneddyn.files import write_file
+from learneddyn.evaluation.report import versions
+from learneddyn.files import replace_file
 from learneddyn.spaces import Spaces
-
-_PACKAGES = ("torch", "gymnasium", "stable-baselines3", "mujoco", "minari", "numpy")
 
 
 class RunExists(FileExistsError):
@@ -67,19 +62,6 @@ class RunFolder:
     def write(self, name: str, content: Any) -> None:
         """Write JSON content."""
         replace_file(self.path / name, json.dumps(content, indent=2).encode())
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    known = {"learneddyn": learneddyn.__version__, "python": platform.python_version()}
-    return known | {name: metadata.version(name) for name in _PACKAGES}
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file beside the old one and move it into place."""
-    fresh = path.with_name(f".{path.name}.new")
-    write_file(fresh, content)
-    os.replace(fresh, path)
 
 
 def save_transitions(path: Path, data: Transitions) -> None:

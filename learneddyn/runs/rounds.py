@@ -28,8 +28,9 @@ from learneddyn.core import Json, Transitions, generator
 from learneddyn.data import algorithm_class, collect
 from learneddyn.envs import LearnedVecEnv, first_observations, load_world, save_world
 from learneddyn.evaluation import Round, evaluate, fidelity_of_log, imagined, longest_window
+from learneddyn.files import replace_file
 from learneddyn.models import AbstractDynamics
-from learneddyn.runs.folder import load_transitions, replace_file, save_transitions
+from learneddyn.runs.folder import load_transitions, save_transitions
 from learneddyn.runs.seeds import Notify, silent
 
 _ERROR_HORIZON = 20
@@ -140,7 +141,7 @@ def run_rounds(
             raise ValueError(f"{folder} holds no finished round: data is needed to begin")
         save_transitions(here / "data.safetensors", data)
         notify(f"round {number}: fit on {len(data)} real steps", 0.0)
-        model.to(device).fit(data, rng=generator(_seed(seed, number), device))
+        model.to(device).fit(data.to(device), rng=generator(_seed(seed, number), device))
         _save_world(config, model, data, here / "world")
         last = before / "agent.zip" if number else None
         played.append(_play(config, str(here / "world"), data, last, here, _seed(seed, number), device, notify))
