@@ -230,6 +230,86 @@ def test_the_global_generator_is_left_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_the_published_constants_are_the_defaults():
+    """Janner et al. (2019): 7 networks, 5 elites, 4 x 200, Adam 1e-3, 256 rows, 1 % gain, 5 epochs; Chua et al. (2018):
+    bounds of the log-variance from -10 to 0.5."""
+    model = ProbabilisticEnsemble()
+    model._build(linear_data().spaces)
+    given = {name: model.config()[name] for name in ("num_members", "num_elites", "hidden", "learning_rate")}
+    assert given == {"num_members": 7, "num_elites": 5, "hidden": [200] * 4, "learning_rate": 1e-3}
+    assert (model.batch_size, model.improvement, model.patience, model.max_epochs) == (256, 0.01, 5, None)
+    assert (model.bootstrap, model.scale_targets) == (True, False)
+    assert set(model.max_logvar.tolist()) == {0.5}
+    assert set(model.min_logvar.tolist()) == {-10.0}
+
+
+def test_a_fifth_of_the_rows_is_held_out_and_at_most_so_many():
+    assert (ProbabilisticEnsemble().holdout_ratio, ProbabilisticEnsemble().holdout_max) == (0.2, 5000)
+    for options, held in (({}, 120), ({"holdout_max": 50}, 50), ({"holdout_ratio": 0.5}, 300)):
+        _, report = fitted(max_epochs=1, **options)
+        assert (report.metrics["holdout_rows"], report.metrics["train_rows"]) == (held, 600 - held)
+
+
+def test_inputs_are_standardised_by_the_training_rows_alone():
+    data = linear_data()
+    data.obs[:, 0] += 100.0 * (torch.arange(600) % 7)
+    model, _ = fitted(data, max_epochs=1)
+    rng = generator(0)
+    model_again = ProbabilisticEnsemble(**SMALL)
+    model_again._build(data.spaces)
+    model_again._initialise(rng)
+    train = data[torch.randperm(600, generator=rng)[120:]]
+    torch.testing.assert_close(model.input_mean, torch.cat([train.obs, train.action], dim=1).double().mean(dim=0))
+
+
+def test_every_member_keeps_one_bootstrap_of_the_rows_and_shuffles_it():
+    model = ProbabilisticEnsemble(**SMALL)
+    drawn, shuffled = [], model._shuffled
+    model._shuffled = lambda index, rng: drawn.append(shuffled(index, rng)) or drawn[-1]
+    model.fit(linear_data(5000), rng=generator(0))
+    assert [tuple(index.shape) for index in drawn] == [(3, 4000)] * 3
+    for member in range(3):
+        # Drawn with replacement, 1 - 1/e of the rows are there.
+        assert len(drawn[0][member].unique()) / 4000 == pytest.approx(1 - math.exp(-1), abs=0.02)
+        assert torch.equal(drawn[0][member].sort().values, drawn[2][member].sort().values)
+        assert not torch.equal(drawn[0][member], drawn[2][member])
+    assert not torch.equal(drawn[0][0].sort().values, drawn[0][1].sort().values)
+
+
+def test_an_epoch_counts_where_any_member_gains_more_than_one_percent():
+    """Hold-out errors by script: what is kept, and when training stops, follow from the published rule alone."""
+    script = [
+        (1.0, 1.0, 1.0),  # before training
+        (0.995, 1.0, 2.0),  # half a percent: no gain
+        (0.985, 1.0, 2.0),  # 1.5 % below the best of member 0: a gain, the count starts anew
+        (0.9, 0.9902, 2.0),  # member 0 gains, member 1 not quite
+        (0.9, 0.9898, 2.0),  # now it does
+        (0.892, 0.981, 0.991),  # three small gains are none: 1 of at most 2 epochs without one
+        (0.892, 0.981, 0.991),  # 2
+        (0.892, 0.981, 0.991),  # 3, more than 2: stop
+        (0.9, 0.9898, 1.0),  # the kept weights, judged for the elites
+    ]
+    model = ProbabilisticEnsemble(**SMALL | {"max_epochs": None, "patience": 2})
+    weights, scores, holdout = [], iter(script), model._holdout
+
+    def scripted(test):
+        weights.append(model.weights[0].detach().clone())
+        return holdout(test)._replace(watched=torch.tensor(next(scores)))
+
+    model._holdout = scripted
+    report = model.fit(linear_data(), rng=generator(0))
+    assert report.epochs == 7
+    for member, best_after in ((0, 3), (1, 4), (2, 0)):
+        assert torch.equal(model.weights[0][member], weights[best_after][member])
+    assert model.elites.tolist() == [0, 1]
+
+
+def test_the_first_fit_makes_the_parameters_where_the_data_is():
+    model = ProbabilisticEnsemble(**SMALL)
+    model.check_spaces(linear_data().to("meta"))
+    assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"meta"}
+
+
 def test_a_second_fit_goes_on_from_the_weights_at_hand():
     data = linear_data(1000)
     model, first = fitted(data, max_epochs=20)
