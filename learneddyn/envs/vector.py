@@ -21,9 +21,10 @@ from learneddyn.world.draw import StateArtist
 class LearnedVectorEnv(VectorEnv[Any, Any, Any]):
     """``num_envs`` lanes of a World, with the autoreset semantics and infos of Gymnasium's SyncVectorEnv.
 
-    Lanes are independent: what one lane does, and when it ends, changes nothing in another lane, because start states
-    and the model's noise come from two random streams. The same seed and actions give the same episodes. (The seed
-    belongs to the batch: lane i is not what a single LearnedEnv with seed + i would be.)
+    Lanes are independent: what one lane does, and when it ends, changes nothing in another lane's episode, because
+    start states and the model's noise come from two random streams. Which start state an episode gets depends on how
+    many began before it in the batch. The same seed and actions give the same episodes. (The seed belongs to the batch:
+    lane i is not what a single LearnedEnv with seed + i would be.)
 
     ``reset(options=...)`` takes ``obs`` (a batch of observations to start from) and ``reset_mask`` (bool array, the
     lanes to reset). Infos are empty unless a lane was truncated (``trusted`` tells the horizon from distrust) or, in
