@@ -4,7 +4,7 @@ import base64
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from html import escape
 from importlib import resources
 
@@ -13,7 +13,7 @@ import numpy as np
 from learneddyn.evaluation import figures
 from learneddyn.evaluation.calibration import Calibration
 from learneddyn.evaluation.fidelity import Fidelity, StepAccuracy
-from learneddyn.evaluation.report import Headline, Report, Round, Verdict
+from learneddyn.evaluation.report import Report, Round, Verdict
 from learneddyn.evaluation.returns import Mismatch
 from learneddyn.evaluation.stats import Estimate
 
@@ -24,6 +24,8 @@ _SAYS = {
     Verdict.OPTIMISTIC: "The model promises too much",
     Verdict.EXPLOITED: "The agent exploits its model",
 }
+Lines = Mapping[int, list[tuple[str, Round]]]
+"""Seed -> named judgements."""
 _MAGIC = {b"\x89PNG": "image/png", b"GIF8": "image/gif", b"\xff\xd8\xff": "image/jpeg", b"<svg": "image/svg+xml"}
 
 
@@ -32,9 +34,9 @@ def page(report: Report) -> str:
     css = resources.files("learneddyn.evaluation").joinpath("page.css").read_text()
     body = [
         f"<p class='soft'>learneddyn report · {escape(report.created)}</p><h1>{escape(report.title)}</h1>",
-        _headline(report.headline, report.rounds),
-        _section("Promised and paid", _gaps(report.rounds, report.headline.target)),
-        _section("Rounds", _rounds(report.rounds)),
+        _headline(report),
+        _section("Promised and paid", _gaps(_judged(report), report.headline.target)),
+        _section("Rounds", _rounds(_judged(report))),
         _section("Imagined beside real", _video(report.gif)),
         _section(
             "How long imagination follows the truth", "".join(_fidelity(*part) for part in report.fidelity.items())
@@ -66,7 +68,16 @@ def _apart(html: str) -> str:
     )
 
 
-def _headline(headline: Headline, rounds: Mapping[int, Sequence[Round]]) -> str:
+def _judged(report: Report) -> Lines:
+    """Return every judgement of every seed under its name, in order of time."""
+    lines = {seed: [(f"round {played.round}", played) for played in line] for seed, line in report.rounds.items()}
+    for seed, played in report.fresh.items():
+        lines[seed].append(("fresh episodes", played))
+    return lines
+
+
+def _headline(report: Report) -> str:
+    headline, rounds = report.headline, report.rounds
     seeds, verdict = len(rounds), headline.verdict
     share = f" on {headline.counts[verdict]} of {seeds} seeds" if seeds > 1 else ""
     others = ", ".join(f"{count} {name}" for name, count in headline.counts.items())
@@ -80,7 +91,10 @@ def _headline(headline: Headline, rounds: Mapping[int, Sequence[Round]]) -> str:
     first = [next(iter(line)).verdict for line in rounds.values()]
     before = ", ".join(f"{first.count(name)} {name}" for name in Verdict if name in first)
     many = any(len(line) > 1 for line in rounds.values())
-    history = f"First round: {before}. Last round: {others}. " if many else f"Seeds: {others}. " if seeds > 1 else ""
+    end = "Last agents" if report.fresh else "Last round"
+    history = f"First round: {before}. {end}: {others}. " if many else f"Seeds: {others}. " if seeds > 1 else ""
+    if report.fresh:
+        history += "Judged on fresh episodes that decided nothing. "
     over = f"means over {seeds} seeds" if seeds > 1 else "means over episodes"
     return (
         f"<section class='card verdict {verdict}'><strong>{_SAYS[verdict]}{share}</strong>"
@@ -90,9 +104,9 @@ def _headline(headline: Headline, rounds: Mapping[int, Sequence[Round]]) -> str:
     )
 
 
-def _gaps(rounds: Mapping[int, Iterable[Round]], target: float | None) -> str:
-    """One line a round: what was promised, what was paid, and a bar as long as the gap between them."""
-    every = [played for line in rounds.values() for played in line]
+def _gaps(lines: Lines, target: float | None) -> str:
+    """One row a judgement: what was promised, what was paid, and a bar as long as the gap between them."""
+    every = [played for line in lines.values() for _, played in line]
     bounds = [number for r in every for number in (*r.imagined, *r.real)] + ([] if target is None else [target])
     ticks = _ticks([number for number in bounds if math.isfinite(number)])
     low, high = ticks[0], ticks[-1]
@@ -104,18 +118,18 @@ def _gaps(rounds: Mapping[int, Iterable[Round]], target: float | None) -> str:
         return f"left:{at(min(a, b)):.2f}%;width:{abs(at(b) - at(a)):.2f}%"
 
     goal = "" if target is None else f"<i class='goal' style='left:{at(target):.2f}%'></i>"
-    lines: list[str] = []
-    for seed, line in rounds.items():
-        for i, played in enumerate(line):
+    rows: list[str] = []
+    for seed, line in lines.items():
+        for i, (what, played) in enumerate(line):
             promised, paid, verdict = played.imagined, played.real, played.verdict
-            name = f"seed {seed} · round {played.round}" if len(rounds) > 1 else f"round {played.round}"
+            name = f"seed {seed} · {what}" if len(lines) > 1 else what
             spans = "".join(
                 f"<i class='span {kind}' style='{stretch(e.low, e.high)}'></i>"
                 f"<i class='dot {kind}' style='left:{at(e.value):.2f}%'></i>"
                 for kind, e in (("imagined", promised), ("real", paid))
             )
-            lines.append(
-                f"<div class='row{' first' if i == 0 and lines else ''}'><div class='label'>{name}<br>"
+            rows.append(
+                f"<div class='row{' first' if i == 0 and rows else ''}'><div class='label'>{name}<br>"
                 f"<small>{played.real_steps:,} real steps</small></div>"
                 f"<div class='track'>{goal}<i class='bar {verdict}' style='{stretch(promised.value, paid.value)}'></i>"
                 f"{spans}</div><span class='chip {verdict}'>{verdict} {_signed(played.gap.value)}</span></div>"
@@ -124,7 +138,7 @@ def _gaps(rounds: Mapping[int, Iterable[Round]], target: float | None) -> str:
     aim = "" if target is None else f"<span><i class='goal'></i>target {_number(target)}</span>"
     return (
         "<div class='card'>"
-        + "".join(lines)
+        + "".join(rows)
         + f"<div class='row axis'><div class='label'></div><div class='track ticks'>{scale}</div><span></span></div>"
         + "<div class='legend'><span><i class='dot imagined'></i>imagined return</span>"
         + "<span><i class='dot real'></i>real return</span>"
@@ -133,9 +147,9 @@ def _gaps(rounds: Mapping[int, Iterable[Round]], target: float | None) -> str:
     )
 
 
-def _rounds(rounds: Mapping[int, Iterable[Round]]) -> str:
+def _rounds(lines: Lines) -> str:
     head = (
-        "seed, round",
+        "seed, judged on",
         "real steps",
         "imagined return",
         "real return",
@@ -145,8 +159,8 @@ def _rounds(rounds: Mapping[int, Iterable[Round]]) -> str:
         "untrusted",
     )
     rows = []
-    for seed, line in rounds.items():
-        for played in line:
+    for seed, line in lines.items():
+        for what, played in line:
             error = "–"
             if played.model_error is not None:
                 error = f"{_number(played.model_error)}<small>σ after {played.model_error_horizon} steps</small>"
@@ -155,7 +169,7 @@ def _rounds(rounds: Mapping[int, Iterable[Round]]) -> str:
                 even = _count(played.break_even_horizon, "step")
             rows.append(
                 (
-                    f"{seed}, {played.round}",
+                    f"{seed}, {what}",
                     f"{played.real_steps:,}",
                     _cell(played.imagined),
                     _cell(played.real),

@@ -150,9 +150,9 @@ class Round:
 
 @dataclass(frozen=True)
 class Headline:
-    """The verdict over all seeds: the worst of their last rounds decides, and the counts say how many share it.
+    """The verdict over all seeds: the worst of their last judgements decides, and the counts say how many share it.
 
-    ``gap`` compares the seeds' last rounds: over seeds (paired) where there are several, over episodes for one.
+    ``gap`` compares the seeds' last judgements: over seeds (paired) where there are several, over episodes for one.
     """
 
     verdict: Verdict
@@ -162,15 +162,20 @@ class Headline:
     reached: int | None
 
     @classmethod
-    def of(cls, rounds: Mapping[int, Sequence[Round]], target: float | None = None) -> "Headline":
-        """Judge the last round of every seed.
+    def of(
+        cls,
+        rounds: Mapping[int, Sequence[Round]],
+        target: float | None = None,
+        fresh: Mapping[int, Round] | None = None,
+    ) -> "Headline":
+        """Judge the last agent of every seed, on fresh episodes where there are any, else on those of its round.
 
         Raises:
             ValueError: no seed, or a seed without rounds.
         """
         if not rounds or not all(rounds.values()):
             raise ValueError(f"every seed needs at least one round, got { ({s: len(r) for s, r in rounds.items()}) }")
-        last = [played[-1] for played in rounds.values()]
+        last = [(fresh or {}).get(seed, played[-1]) for seed, played in rounds.items()]
         verdicts = [played.verdict for played in last]
         promised, paid = ([getattr(played, name).value for played in last] for name in ("imagined", "real"))
         if len(last) > 1:
@@ -202,6 +207,7 @@ class Report:
 
     title: str
     rounds: Mapping[int, Sequence[Round]]
+    fresh: Mapping[int, Round]
     fidelity: Mapping[str, Fidelity]
     calibration: Mapping[str, Calibration]
     accuracy: Mapping[str, StepAccuracy]
@@ -223,6 +229,7 @@ class Report:
             "created": self.created,
             "headline": self.headline.to_json(),
             "seeds": {str(seed): [played.to_json() for played in rounds] for seed, rounds in self.rounds.items()},
+            "fresh": {str(seed): played.to_json() for seed, played in self.fresh.items()},
             "fidelity": {name: part.to_json() for name, part in self.fidelity.items()},
             "calibration": {name: part.to_json() for name, part in self.calibration.items()},
             "accuracy": {name: part.to_json() for name, part in self.accuracy.items()},
@@ -242,6 +249,7 @@ def write_report(
     *,
     title: str,
     rounds: Mapping[int, Sequence[Round]],
+    fresh: Mapping[int, Round] | None = None,
     fidelity: Mapping[str, Fidelity] | None = None,
     calibration: Mapping[str, Calibration] | None = None,
     accuracy: Mapping[str, StepAccuracy] | None = None,
@@ -261,6 +269,8 @@ def write_report(
         folder: made if missing.
         title: of the page, such as the environment and the method.
         rounds: rounds of every seed, in order.
+        fresh: the last agents judged again on episodes that decided nothing; the headline takes these. Where a round's
+            own episodes decide that it is the last, they flatter it.
         fidelity: open-loop errors, keyed by the data they were measured on.
         calibration: keyed alike.
         accuracy: one-step reward and termination accuracy, keyed alike.
@@ -281,6 +291,7 @@ def write_report(
     report = Report(
         title=title,
         rounds=rounds,
+        fresh=fresh or {},
         fidelity=fidelity or {},
         calibration=calibration or {},
         accuracy=accuracy or {},
@@ -290,7 +301,7 @@ def write_report(
         gif=gif if isinstance(gif, bytes | None) else Path(gif).read_bytes(),
         config=config or {},
         versions=versions(),
-        headline=Headline.of(rounds, target),
+        headline=Headline.of(rounds, target, fresh),
         notes=notes,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -24,7 +24,7 @@ from learneddyn.evaluation import (
 )
 from learneddyn.evaluation.render import side_by_side
 from learneddyn.runs.folder import load_transitions
-from learneddyn.runs.rounds import RoundsConfig, read_rounds
+from learneddyn.runs.rounds import RoundsConfig, imagined_beside, read_rounds
 from learneddyn.world import World
 
 _FRESH = 777_000
@@ -57,6 +57,7 @@ def report_runs(
     """
     rounds: dict[int, list[Round]] = {}
     final: dict[int, Returns] = {}
+    fresh: dict[int, Round] = {}
     fidelity: dict[str, Fidelity] = {}
     calibration: dict[str, Calibration] = {}
     accuracy: dict[str, StepAccuracy] = {}
@@ -69,13 +70,23 @@ def report_runs(
         agent: Any = algorithm_class(config.algorithm).load(last / "agent.zip", device=device)
         real = evaluate(agent, config.real_id, episodes=config.episodes, seed=seed + _FRESH, record=True, device=device)
         final[seed], curves[f"seed {seed}"] = real, _curve(home, len(rounds[seed]))
-        imagination = load_world(world or last / "world", device).world
+        loaded = load_world(world or last / "world", device)
+        imagination = loaded.world
         name, rng = f"seed {seed}, the agent's own real episodes", generator(seed, device)
         random = collect(config.real_id, steps=_RANDOM_STEPS, lanes=1, seed=seed + _FRESH, progress=False)
         data = last / "data.safetensors"
         reference = load_transitions(data, device) if data.exists() else random
         assert real.transitions is not None
         fidelity[name], clouds = _fidelity(imagination, real.transitions, reference, rng)
+        judged = rounds[seed][-1]
+        fresh[seed] = Round.from_episodes(
+            judged.round,
+            judged.real_steps,
+            imagined_beside(agent, loaded, real, rng),
+            real,
+            fidelity=fidelity[name],
+            at=judged.model_error_horizon or fidelity[name].horizon,
+        )
         accuracy[name] = step_accuracy(imagination, real.transitions, rng=rng)
         if clouds is not None:
             calibration[name] = clouds
@@ -85,7 +96,8 @@ def report_runs(
             )
             side_by_side(agent, imagination, config.real_id, gif, seed=seed, device=device)
     notes = [
-        f"Real episodes of round tables judge and stop; the last agents on {config.episodes} fresh episodes each: "
+        f"A round's real episodes also decide whether it is the last. The headline therefore judges the last agents on "
+        f"{config.episodes} fresh episodes each: "
     ]
     notes[0] += "; ".join(f"seed {seed}: {_told(real)}" for seed, real in final.items()) + "."
     logs = {seed: folder / f"seed-{seed}" / "round-0" / "data.safetensors" for seed in seeds}
@@ -96,6 +108,7 @@ def report_runs(
         folder,
         title=title,
         rounds=rounds,
+        fresh=fresh,
         fidelity=fidelity,
         calibration=calibration,
         accuracy=accuracy,

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import gymnasium as gym
+import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
@@ -26,8 +27,8 @@ from stable_baselines3.common.logger import configure
 from learneddyn import tasks
 from learneddyn.core import Json, Transitions, generator
 from learneddyn.data import algorithm_class, collect
-from learneddyn.envs import LearnedVecEnv, first_observations, load_world, save_world
-from learneddyn.evaluation import Round, evaluate, fidelity_of_log, imagined, longest_window
+from learneddyn.envs import LearnedVecEnv, LoadedWorld, first_observations, load_world, save_world
+from learneddyn.evaluation import Imagined, Returns, Round, evaluate, fidelity_of_log, imagined, longest_window
 from learneddyn.files import replace_file
 from learneddyn.models import AbstractDynamics
 from learneddyn.runs.folder import load_transitions, save_transitions
@@ -185,6 +186,15 @@ def read_rounds(folder: Path) -> list[Round]:
     return [Round.from_json(entry) for entry in json.loads(path.read_text())] if path.exists() else []
 
 
+def imagined_beside(agent: BaseAlgorithm, world: LoadedWorld, real: Returns, rng: torch.Generator) -> Imagined:
+    """Imagine as many episodes as are given, from their start states.
+
+    They run to the task's time limit, as the real ones do; the agent may have learned on shorter ones.
+    """
+    horizon = world.world.task.max_episode_steps or world.horizon
+    return imagined(agent, world.world, rng=rng, episodes=len(real.returns), horizon=horizon, start=real.starts)
+
+
 def _finished(played: list[Round], config: RoundsConfig) -> bool:
     if not played:
         return False
@@ -300,9 +310,7 @@ def _judge(
     loaded = load_world(world, device)
     real = evaluate(agent, config.real_id, episodes=config.episodes, seed=seed, record=True, device=device)
     rng = generator(seed, device)
-    # Real episodes run to the task's time limit; agents may have learned on shorter ones.
-    horizon = loaded.world.task.max_episode_steps or loaded.horizon
-    dreamt = imagined(agent, loaded.world, rng=rng, episodes=config.episodes, horizon=horizon, start=real.starts)
+    dreamt = imagined_beside(agent, loaded, real, rng)
     assert real.transitions is not None
     # A world that came without its data is measured in the standard deviations of a random policy's episodes.
     known = collect(config.real_id, steps=1000, lanes=1, seed=seed, progress=False) if data is None else data

@@ -120,6 +120,23 @@ def test_the_headline_is_the_worst_last_round_and_counts_the_target():
     assert headline.gap.real.value == pytest.approx((990 + 990 + 75) / 3)
 
 
+def test_fresh_episodes_decide_the_headline(tmp_path):
+    """A round that stops because it scored well was lucky more often than not: its own episodes do not count."""
+    lucky, honest = round_of(1000, 990, 1), round_of(1000, 75, 1)
+    rounds = {0: [round_of(1000, 10, 0), lucky], 1: [round_of(1000, 990, 0)]}
+    assert Headline.of(rounds, 950.0).reached == 2
+    headline = Headline.of(rounds, 950.0, {0: honest, 1: round_of(1000, 980, 0)})
+    assert (headline.verdict, headline.reached) == (Verdict.EXPLOITED, 1)
+    assert headline.gap.real.value == pytest.approx((75 + 980) / 2)
+    text = write_report(tmp_path, title="A", rounds=rounds, fresh={0: honest}, target=950.0).read_text()
+    assert "fresh episodes that decided nothing" in text
+    assert "seed 0 · fresh episodes" in text
+    assert "seed 1 · fresh episodes" not in text
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["headline"]["target_reached"] == 1
+    assert Round.from_json(metrics["fresh"]["0"]) == honest
+
+
 @pytest.fixture(scope="module")
 def measured(linear):
     rng = np.random.default_rng(0)

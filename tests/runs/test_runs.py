@@ -215,6 +215,8 @@ def test_the_report_judges_the_last_agents_on_fresh_episodes(tmp_path):
     assert set(metrics["seeds"]) == {"0", "1"}
     assert len(metrics["seeds"]["0"]) == 2
     assert f"seed 0: {final[0].mean:.1f}" in metrics["notes"][0]
+    assert [metrics["fresh"][seed]["real"]["value"] for seed in ("0", "1")] == [final[0].mean, final[1].mean]
+    assert metrics["headline"]["real"]["value"] == pytest.approx((final[0].mean + final[1].mean) / 2)
     assert metrics["curves"]["Imagined return while learning"]["seed 1"]["y"]
     assert np.all(final[0].returns > 0)
     assert (tmp_path / "side_by_side.gif").read_bytes()[:3] == b"GIF"
