@@ -1,5 +1,6 @@
 """The border between an agent's arrays (elements of Gymnasium spaces) and a world's tensors (flat float32 columns)."""
 
+import math
 from typing import Any
 
 import gymnasium as gym
@@ -14,6 +15,9 @@ from learneddyn.spaces import Spaces, decode, encode, flat_dim
 
 TOLERANCE = 1e-5
 """Share of an action's range by which it may leave its bounds: rounding of rescaled float32 actions, nothing more."""
+
+
+_FEW = 32  # entries that Python compares faster than NumPy
 
 
 class InvalidAction(gym.error.InvalidAction, ValueError):
@@ -54,7 +58,12 @@ class Interface:
             low, high = (float(bound) for bound in columns.aminmax()) if self._uniform else (np.nan, np.nan)
         else:
             array = self._array_columns(actions)
-            low, high = np.minimum.reduce(array, axis=None), np.maximum.reduce(array, axis=None)
+            if array.size <= _FEW:
+                entries = array.ravel().tolist()
+                # Python's extremes pass over a NaN, and its sum does not.
+                low, high = (min(entries), max(entries)) if math.isfinite(sum(entries)) else (np.nan, np.nan)
+            else:
+                low, high = np.minimum.reduce(array, axis=None), np.maximum.reduce(array, axis=None)
             columns = torch.from_numpy(array)
             columns = columns if self._on_cpu else columns.to(self.device)
         if not (self._uniform and low >= self._action_low[0] and high <= self._action_high[0]):
@@ -67,6 +76,8 @@ class Interface:
         Raises:
             InvalidAction: wrong shape, NaN, or out of bounds.
         """
+        if isinstance(self.action, gs.Box):
+            return self.to_world(np.asarray(action)[None])
         return self.to_world(batch_of_one(self.action, action))
 
     def start_to_world(self, obs: Any) -> Float[Tensor, "b o"]:
@@ -96,6 +107,12 @@ class Interface:
         if isinstance(self.observation, gs.Box):
             return np.array(flat, self.observation.dtype).reshape(len(flat), *self.observation.shape)
         return decode(self.observation, flat.copy())
+
+    def one_to_agent(self, obs: Float[Tensor, "1 o"]) -> Any:
+        """Return one row as an element of the observation space, in fresh memory."""
+        if self._on_cpu and isinstance(self.observation, gs.Box):
+            return np.array(obs.numpy()[0], self.observation.dtype).reshape(self.observation.shape)
+        return row(self.observation, self.to_agent(obs), 0)
 
     def _array_columns(self, actions: Any) -> np.ndarray:
         space = self.action

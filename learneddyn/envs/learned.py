@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from learneddyn.core import State, generator
-from learneddyn.envs.interface import Interface, batch_of_one, row
+from learneddyn.envs.interface import Interface, batch_of_one
 from learneddyn.envs.start import Start, start_states
 from learneddyn.envs.worlds import load_world
 from learneddyn.world import World
@@ -64,6 +64,8 @@ class LearnedEnv(gym.Env[Any, Any]):
         self._rng: torch.Generator | None = None
         self._state: State | None = None
         self._steps, self._ended = 0, True
+        # Making this object costs more per step than entering it.
+        self._no_grad = torch.no_grad()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode, at ``options["obs"]`` if given.
@@ -82,7 +84,6 @@ class LearnedEnv(gym.Env[Any, Any]):
         self._steps, self._ended = 0, False
         return self._observation(), {}
 
-    @torch.no_grad()
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Advance by one step of the world.
 
@@ -92,14 +93,16 @@ class LearnedEnv(gym.Env[Any, Any]):
         """
         if self._ended or self._state is None or self._rng is None:
             raise gym.error.ResetNeeded("no episode is running: call env.reset() first, and after an episode ended")
-        state, step = self.world.step(self._state, self._interface.one_to_world(action), self._rng)
+        columns = self._interface.one_to_world(action)
+        with self._no_grad:
+            state, step = self.world.step(self._state, columns, self._rng)
         self._state = self._interface.confine(state)
         self._steps += 1
-        terminated, trusted = bool(step.terminated), bool(step.trusted)
+        terminated, trusted = bool(step.terminated.item()), bool(step.trusted.item())
         truncated = self._steps >= self.horizon or not trusted
         self._ended = terminated or truncated
         info = {"trusted": trusted} if truncated else {}
-        return self._observation(), float(step.reward), terminated, truncated, info
+        return self._observation(), step.reward.item(), terminated, truncated, info
 
     def render(self) -> np.ndarray | None:
         """Return a frame of the imagined state, uint8 ``[height, width, 3]``, or None without a render mode.
@@ -123,7 +126,7 @@ class LearnedEnv(gym.Env[Any, Any]):
 
     def _observation(self) -> Any:
         assert self._state is not None
-        return row(self.observation_space, self._interface.to_agent(self._state.obs), 0)
+        return self._interface.one_to_agent(self._state.obs)
 
 
 def make_env(

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from learneddyn.core import DataError, Outcome, Prediction, Transitions
 from learneddyn.models.base import AbstractDynamics, FitReport
+from learneddyn.models.gradients import TIGHTNESS, Gradients
 from learneddyn.models.rollout import Parts, Snapshot
 from learneddyn.spaces import Spaces
 
@@ -52,8 +53,12 @@ class _Frozen(NamedTuple):
     """The networks as they were when the tensors, held here, had these versions and addresses."""
 
     networks: Snapshot
-    stamp: list[tuple[int, int]]
+    versions: list[int]
+    addresses: list[int]
     held: list[Tensor]
+    relative: np.ndarray
+    plain: np.ndarray
+    angle: np.ndarray
 
 
 class ProbabilisticEnsemble(AbstractDynamics):
@@ -95,6 +100,8 @@ class ProbabilisticEnsemble(AbstractDynamics):
         bootstrap: draw each network's rows with replacement; False gives all networks the same rows.
         precision: ``"bf16"`` lets `sample` compute the layers of two rows or more in bfloat16; `predict`, and with it
             every metric and penalty, stays in float32.
+        training_precision: ``"bf16"`` lets `fit` compute layers and their gradients in bfloat16; weights, loss and
+            optimiser stay in float32.
 
     Raises:
         ValueError: an argument outside its range (names it, the value, what is allowed).
@@ -120,6 +127,7 @@ class ProbabilisticEnsemble(AbstractDynamics):
         max_epochs: int | None = None,
         bootstrap: bool = True,
         precision: str = "fp32",
+        training_precision: str = "fp32",
     ) -> None:
         super().__init__()
         layers = len(hidden) + 1
@@ -134,6 +142,7 @@ class ProbabilisticEnsemble(AbstractDynamics):
             ("patience", patience >= 0, patience, "at least 0"),
             ("max_epochs", max_epochs is None or max_epochs >= 1, max_epochs, "None or at least 1"),
             ("precision", precision in ("fp32", "bf16"), precision, "'fp32' or 'bf16'"),
+            ("training_precision", training_precision in ("fp32", "bf16"), training_precision, "'fp32' or 'bf16'"),
         ):
             if not ok:
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
@@ -143,7 +152,7 @@ class ProbabilisticEnsemble(AbstractDynamics):
         self.learning_rate, self.weight_decay, self.batch_size = learning_rate, decay, batch_size
         self.holdout_ratio, self.holdout_max = holdout_ratio, holdout_max
         self.improvement, self.patience, self.max_epochs = improvement, patience, max_epochs
-        self.bootstrap, self.precision = bootstrap, precision
+        self.bootstrap, self.precision, self.training_precision = bootstrap, precision, training_precision
         self._frozen: _Frozen | None = None
 
     @property
@@ -224,8 +233,8 @@ class ProbabilisticEnsemble(AbstractDynamics):
             ValueError: the ensemble has not been fitted.
         """
         self._require_fitted()
-        if snapshot := self._snapshot_for(obs, action):
-            mean, std, logit = snapshot.every(self._inputs(obs, action))
+        if frozen := self._frozen_for(obs, action):
+            mean, std, logit = frozen.networks.every(self._inputs(obs, action))
         else:
             x = self._standardised(obs, action)
             heads = self._networks(x.expand(self.num_members, -1, -1))
@@ -257,11 +266,11 @@ class ProbabilisticEnsemble(AbstractDynamics):
             ValueError: the ensemble has not been fitted.
         """
         self._require_fitted()
-        snapshot = self._snapshot_for(obs, action)
-        if snapshot and len(obs) == 1 and obs.is_cpu:
-            return Outcome(*self._sample_one(snapshot, obs, action, member, rng, noise), memory)
-        if snapshot:
-            mean, std, logit = snapshot.grouped(self._inputs(obs, action), member)
+        frozen = self._frozen_for(obs, action)
+        if frozen and obs.shape[0] == 1 and obs.is_cpu:
+            return Outcome(*self._sample_one(frozen, obs, action, member, rng, noise), memory)
+        if frozen:
+            mean, std, logit = frozen.networks.grouped(self._inputs(obs, action), member)
         else:
             heads = self._one_per_row(obs, action, member)
             (mean, std), logit = self._in_units(heads), heads.ended
@@ -275,23 +284,25 @@ class ProbabilisticEnsemble(AbstractDynamics):
         return Outcome(mean[:, :o].addcmul(self.relative, obs), reward, ended, memory)
 
     def _sample_one(
-        self, snapshot: Snapshot, obs: Tensor, action: Tensor, member: Tensor, rng: torch.Generator, noise: bool
+        self, frozen: _Frozen, obs: Tensor, action: Tensor, member: Tensor, rng: torch.Generator, noise: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return next observation, reward and termination of a single row, with the draws that many rows would use."""
-        now = obs.detach().numpy()[0]
-        parts = [now]
+        now, push = obs.detach().numpy()[0], action.detach().numpy()[0]
+        parts = [now, push]
         if self.angles:
-            angle = now[self._angle.numpy()]
-            parts = [now[self._plain.numpy()], np.cos(angle), np.sin(angle)]
-        row, std, logit = snapshot.one(np.concatenate([*parts, action.detach().numpy()[0]]), int(member))
+            angle = now[frozen.angle]
+            parts = [now[frozen.plain], np.cos(angle), np.sin(angle), push]
+        row, std, logit = frozen.networks.one(np.concatenate(parts), int(member))
         if noise:
-            row = row + std * torch.randn((1, len(row)), generator=rng).numpy()[0]
+            std *= torch.randn((1, len(row)), generator=rng).numpy()[0]
+            row += std
         ended = None
         if logit is not None:
             ended = torch.tensor([logit]).sigmoid() > (torch.rand(1, generator=rng) if noise else 0.5)
         o = len(now)
-        next_obs = torch.from_numpy(row[:o] + self.relative.numpy() * now)[None]
-        return next_obs, torch.from_numpy(row[o:]) if self.learn_reward else None, ended
+        row[:o] += frozen.relative * now
+        reward = torch.from_numpy(row[o:]) if self.learn_reward else None
+        return torch.from_numpy(row[None, :o]), reward, ended
 
     def _one_per_row(self, obs: Tensor, action: Tensor, member: Tensor) -> _Heads:
         """Return what the member of each row says, such that gradients flow."""
@@ -346,6 +357,8 @@ class ProbabilisticEnsemble(AbstractDynamics):
             self.load_state_dict(before)
             self.spaces = None if fresh else self.spaces
             raise
+        finally:
+            self.zero_grad(set_to_none=True)
         with torch.no_grad():
             score = self._holdout(test)
         self._elites.copy_(score.watched.argsort()[: self.num_elites])
@@ -379,6 +392,14 @@ class ProbabilisticEnsemble(AbstractDynamics):
     def _train(self, train: Tensor, test: Tensor, rng: torch.Generator, progress: bool) -> list[dict[str, float]]:
         optimizer = self._optimizer()
         rows, device = len(train), train.device
+        step = Gradients(
+            list(self.weights),
+            list(self.biases),
+            self.max_logvar,
+            self.min_logvar,
+            self.learned,
+            half=self.training_precision == "bf16",
+        )
         if self.bootstrap:
             index = torch.randint(rows, (self.num_members, rows), generator=rng, device=device)
         else:
@@ -393,11 +414,11 @@ class ProbabilisticEnsemble(AbstractDynamics):
                 index = self._shuffled(index, rng)
                 loss = torch.zeros((), device=device)
                 for batch in index.split(self.batch_size, dim=1):
-                    optimizer.zero_grad(set_to_none=True)
-                    value = self._loss(train[batch])
-                    value.backward()
+                    picked = train.index_select(0, batch.flatten()).view(*batch.shape, -1)
+                    x, target, ended = self._unpack(picked)
+                    value = step(x, target, ended if self.learn_termination else None)
                     optimizer.step()
-                    loss += value.detach() * (batch.shape[1] / rows)
+                    loss += value * (batch.shape[1] / rows)
                 with torch.no_grad():
                     score = self._holdout(test)
                 if not bool(loss.isfinite() & score.watched.isfinite().all()):
@@ -433,13 +454,16 @@ class ProbabilisticEnsemble(AbstractDynamics):
         return index.gather(1, torch.rand(index.shape, generator=rng, device=index.device).argsort(dim=1))
 
     def _loss(self, batch: Float[Tensor, "e b w"]) -> Float[Tensor, ""]:
-        """Mean over rows and targets, sum over members, plus the penalty that keeps the variance bounds tight."""
+        """Mean over rows and targets, sum over members, plus the penalty that keeps the variance bounds tight.
+
+        The definition of what `fit` minimises; `fit` itself takes the gradients from `learneddyn.models.gradients`.
+        """
         x, target, ended = self._unpack(batch)
         heads = self._networks(x)
         inverse = (-heads.logvar).exp()
         nll = ((heads.mean - target).square() * inverse + heads.logvar) * self.learned
         loss = nll.sum(dim=2).mean(dim=1).sum() / self.learned.sum()
-        loss = loss + 0.01 * ((self.max_logvar - self.min_logvar) * self.learned).sum()
+        loss = loss + TIGHTNESS * ((self.max_logvar - self.min_logvar) * self.learned).sum()
         if heads.ended is not None:
             entropy = binary_cross_entropy_with_logits(heads.ended, ended, reduction="none")
             loss = loss + entropy.mean(dim=1).sum()
@@ -461,22 +485,30 @@ class ProbabilisticEnsemble(AbstractDynamics):
         i, q = len(self.input_mean), len(self.max_logvar)
         return batch[..., :i], batch[..., i : i + q], batch[..., -1]
 
-    def _snapshot_for(self, obs: Tensor, action: Tensor) -> Snapshot | None:
+    def _frozen_for(self, obs: Tensor, action: Tensor) -> _Frozen | None:
         """Return a copy of the networks as they are now, or None where a gradient may be asked or a graph traced."""
         if torch.compiler.is_compiling():
             return None
-        # Through the dictionaries: this runs at every step, and ParameterList takes a microsecond per item.
+        # Through the dictionaries: this runs at every step, and modules take a microsecond per attribute.
         held = self.weights._parameters, self.biases._parameters, self._parameters, self._buffers
         tensors: list[Tensor] = [tensor for group in held for tensor in group.values() if tensor is not None]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (obs, action, *tensors)):
             return None
         # PyTorch counts the in-place writes of a tensor; a swapped tensor, device or storage changes the address, as
         # long as the old memory is held.
-        stamp = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
-        if self._frozen is None or stamp != self._frozen.stamp:
-            self._frozen = _Frozen(self._freeze(), stamp, [tensor.detach() for tensor in tensors])
+        versions = [tensor._version for tensor in tensors]
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        frozen = self._frozen
+        if frozen is None or versions != frozen.versions or addresses != frozen.addresses:
+            frozen = self._frozen = _Frozen(
+                self._freeze(),
+                versions,
+                addresses,
+                [tensor.detach() for tensor in tensors],
+                *(getattr(self, name).cpu().numpy() for name in ("relative", "_plain", "_angle")),
+            )
             _FROZEN.add(self)
-        return self._frozen.networks
+        return frozen
 
     def _freeze(self) -> Snapshot:
         with torch.inference_mode(False), torch.no_grad():

@@ -223,7 +223,7 @@ def _all_finite(next_obs: Float[Tensor, "b o"], reward: Float[Tensor, " b"]) -> 
 
     False says nothing (finite numbers may add up to infinity), and is the answer where to know would wait for a device.
     """
-    return next_obs.is_cpu and math.isfinite(float(next_obs.detach().sum() + reward.detach().sum()))
+    return next_obs.is_cpu and math.isfinite(next_obs.sum().item() + reward.sum().item())
 
 
 def _finite_rows(next_obs: Float[Tensor, "b o"], reward: Float[Tensor, " b"]) -> Bool[Tensor, " b"]:
