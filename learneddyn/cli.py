@@ -289,7 +289,13 @@ def train(
     results = for_each_seed(work, chosen, workers=workers, progress=progress)
     with console.status("writing the report"):
         path, final = report_runs(
-            folder.path, config, chosen, title=f"{algorithm} in a learned {env_id}", settings=settings, world=world
+            folder.path,
+            config,
+            chosen,
+            title=f"{algorithm} in a learned {env_id}",
+            settings=settings,
+            world=world,
+            device=device,
         )
     _print_rounds(results)
     for number, real in final.items():
@@ -329,7 +335,7 @@ def evaluate(
     folder = RunFolder(out, settings, resume=resume)
     results = {seed: judge_agent(config, world, Path(agent), folder.path / f"seed-{seed}", seed=seed, device=device)}
     path, _ = report_runs(
-        folder.path, config, [seed], title=f"{algorithm} in {real_id}", settings=settings, world=world
+        folder.path, config, [seed], title=f"{algorithm} in {real_id}", settings=settings, world=world, device=device
     )
     _print_rounds(results)
     console.print(f"report: {path}", soft_wrap=True)
