@@ -185,7 +185,8 @@ def _bounds(space: gym.Space[Any], lowest: float, highest: float) -> tuple[np.nd
             low32 = np.where(low32 < low, np.nextafter(low32, np.float32(np.inf)), low32)
             return low32, np.where(high32 > high, np.nextafter(high32, np.float32(-np.inf)), high32)
         case gs.Dict():
-            parts = [_bounds(part, lowest, highest) for part in space.spaces.values()]
+            # In the order of the columns, see `learneddyn.spaces`.
+            parts = [_bounds(space[key], lowest, highest) for key in sorted(space.spaces)]
         case gs.Tuple():
             parts = [_bounds(part, lowest, highest) for part in space.spaces]
         case _:

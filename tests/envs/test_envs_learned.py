@@ -1,3 +1,5 @@
+from collections import OrderedDict
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from gymnasium import spaces
 
 from learneddyn.core import Task, Transitions
 from learneddyn.envs import InvalidAction, LearnedEnv, first_observations
+from learneddyn.envs.interface import Interface
 from learneddyn.spaces import Spaces
 
 
@@ -214,3 +217,12 @@ def test_a_category_is_the_likeliest_one_however_large_the_model_says_it_is():
     env = LearnedEnv(linear_world(spaces=Spaces(spaces.Discrete(3), BOX.action), task=ANY_TASK), start=torch.ones(1, 3))
     env.reset(seed=0)
     assert env.step(np.array([0, 0.2, 0], np.float32))[0] == 1
+
+
+def test_bounds_of_a_dict_follow_its_columns_and_not_its_order():
+    parts = OrderedDict(wide=spaces.Box(-1.0, 1.0, (1,)), arm=spaces.Box(-5.0, 5.0, (1,)))
+    interface = Interface(Spaces(BOX.observation, spaces.Dict(parts)), 1, torch.device("cpu"))
+    action = {"wide": np.array([-1.0], np.float32), "arm": np.array([5.0], np.float32)}
+    assert interface.one_to_world(action).tolist() == [[5.0, -1.0]]
+    with pytest.raises(InvalidAction, match=r"entry 1 is 2\.0"):
+        interface.one_to_world(action | {"wide": np.array([2.0], np.float32)})
