@@ -21,7 +21,7 @@ from learneddyn.core import Transitions, generator
 from learneddyn.data import algorithm_class, collect_grade, load
 from learneddyn.data import collect as collect_steps
 from learneddyn.data.grades import Grade, algorithms
-from learneddyn.envs import load_world, save_world, world_names
+from learneddyn.envs import first_observations, load_world, save_world, world_names
 from learneddyn.evaluation import Round
 from learneddyn.evaluation.render import side_by_side
 from learneddyn.models import AbstractDynamics, ProbabilisticEnsemble
@@ -133,7 +133,7 @@ def fit(
     trust_margin: float | None = 0.5,
     halt_reward: float | None = None,
     horizon: int | None = None,
-    start: Literal["task", "data"] = "task",
+    start: Literal["task", "data", "data:first"] = "task",
     max_rows: int | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -177,7 +177,7 @@ def fit(
         trust_margin=trust_margin,
         halt_reward=halt_reward,
         horizon=horizon,
-        start=data.obs if start == "data" else None,
+        start={"task": None, "data": data.obs, "data:first": first_observations(data)}[start],
     )
     figures = ", ".join(f"{name} {value:.4g}" for name, value in report.metrics.items())
     console.print(f"{out}: {report.epochs} epochs in {report.seconds:.0f} s, {figures}")
@@ -454,10 +454,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _with_presets(arguments: list[str]) -> list[str]:
     """Replace the name of a preset behind --config by its path."""
-    for index, word in enumerate(arguments[:-1]):
-        if word == "--config" and not Path(arguments[index + 1]).exists():
-            arguments[index + 1] = str(_preset(arguments[0], arguments[index + 1]))
-    return arguments
+    apart: list[str] = []
+    for word in arguments:
+        apart += word.split("=", 1) if word.startswith("--config=") else [word]
+    for index, word in enumerate(apart[:-1]):
+        if word == "--config" and not Path(apart[index + 1]).exists():
+            apart[index + 1] = str(_preset(apart[0], apart[index + 1]))
+    return apart
 
 
 def _preset(command: str, name: str) -> Path:

@@ -96,6 +96,7 @@ def test_every_preset_parses(path, home, capsys):
     ("words", "code", "message"),
     [
         (["train", "--config", "nowhere"], 2, "no file or train preset 'nowhere'; presets are"),
+        (["train", "--config=nowhere"], 2, "no file or train preset 'nowhere'; presets are"),
         (["train", "Foo-v0", "--grades", "{random: 10}"], 1, "no task is known for environment 'Foo-v0'"),
         (["train", "Hopper-v5"], 1, "give exactly one of --world, --dataset and --grades"),
         (["train", "Hopper-v5", "--world", "w", "--rounds", "2"], 1, "give --dataset or --grades instead of --world"),
