@@ -28,6 +28,7 @@ from learneddyn.spaces import Spaces
 
 # A column that never changes is copied, not learned; its noise is far below anything a task can feel.
 _CONSTANT_STD = 1e-6
+# Relative to the column's largest magnitude: below it, float32 rounding is all that changes.
 _CONSTANT_RANGE = 1e-6
 # Below this cross-entropy (nats) a termination head is as good as certain, and its gains stop counting as progress.
 _ENTROPY_FLOOR = 1e-3
@@ -77,7 +78,8 @@ class ProbabilisticEnsemble(AbstractDynamics):
     (small changes then weigh as much as large ones); columns whose change is constant in the data (goals, unused
     sensors) are copied exactly instead of learned; with a termination head, what early stopping and elites watch is the
     hold-out squared error times the head's cross-entropy, so that a relative gain of either counts. Adam's moments
-    start fresh at every fit; the weights do not.
+    start fresh at every fit, and so does the split: after a warm start the held-out rows may be among those that the
+    weights have seen.
 
     Args:
         num_members: networks E.
@@ -324,7 +326,7 @@ class ProbabilisticEnsemble(AbstractDynamics):
         """Train on all rows of ``data``, from the weights at hand or, the first time, from fresh ones.
 
         Args:
-            data: at least two rows; moved to this model's device.
+            data: at least two rows. The first fit builds the model on the data's device; later data moves to the model's.
             rng: on this model's device; the same seed and data give the same weights on one machine.
             progress: show a bar with epoch, hold-out error and likelihood.
 
@@ -375,7 +377,10 @@ class ProbabilisticEnsemble(AbstractDynamics):
         self.input_mean.copy_(inputs.mean(dim=0))
         self.input_std.copy_(_nonzero(inputs.std(dim=0, correction=0)))
         span = targets.amax(dim=0) - targets.amin(dim=0)
-        self.learned.copy_(span > _CONSTANT_RANGE)
+        magnitude = data.next_obs.abs().amax(dim=0).double()
+        if self.learn_reward:
+            magnitude = torch.cat([magnitude, data.reward.abs().amax(dim=0, keepdim=True).double()])
+        self.learned.copy_(span > _CONSTANT_RANGE * magnitude)
         if not self.learned.any():
             raise DataError("every observation column is constant in this data: there is nothing to learn")
         mean, std = targets.mean(dim=0), _nonzero(targets.std(dim=0, correction=0))

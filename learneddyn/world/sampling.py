@@ -5,7 +5,8 @@ A Sampler chooses the member of every row; the model then pays for one member pe
     mean    average of the elites, no noise (deterministic)
     ts1     every row draws a new member at every step (Chua et al., "Deep Reinforcement Learning in a Handful of
             Trials using Probabilistic Dynamics Models", 2018)
-    tsinf   a row keeps the member it started with (same source)
+    tsinf   a row keeps the member it started with (same source; a World starts rows with elites, the source knows no
+            elites: fit with num_elites = num_members for its version)
     elite   every row draws a new elite at every step (Janner et al., "When to Trust Your Model", 2019)
 """
 

@@ -26,8 +26,9 @@ class World:
         trust: which steps to believe; see `learneddyn.world.trust`.
         halt_reward: None leaves it to the caller to stop at a step that is not trusted (environments truncate there,
             and a learner bootstraps the value of a state nobody has seen). A number makes such a step a termination
-            with this reward and no future: the HALT state of Kidambi, Rajeswaran, Netrapalli, Joachims, "MOReL:
-            Model-Based Offline Reinforcement Learning" (2020), with ``halt_reward = -kappa``.
+            that pays it in place of the reward. It follows the pessimistic MDP of Kidambi, Rajeswaran, Netrapalli,
+            Joachims, "MOReL: Model-Based Offline Reinforcement Learning" (2020), but pays once, where their absorbing
+            HALT state pays -kappa at every later step: choose ``-kappa / (1 - gamma)`` for the same value.
 
     Raises:
         ValueError: the model is not fitted, or neither task nor model answers reward or termination.
@@ -180,7 +181,7 @@ class World:
         """Advance every lane; the last value says which rows came out finite, None that all are known to."""
         after, outcome = self.sampler(state, action, self.dynamics, rng)
         reward = self._reward(state.obs, action, outcome)
-        if self.penalty is not None:
+        if self.penalty is not None and self.penalty_weight:
             prediction = self.dynamics.predict(state.obs, action, state.memory)
             reward = reward - self.penalty_weight * self.penalty(state.obs, action, prediction, after)
         finite = None if _all_finite(outcome.next_obs, reward) else _finite_rows(outcome.next_obs, reward)

@@ -190,6 +190,12 @@ def test_constant_columns_are_copied_exactly():
     torch.testing.assert_close(outcome.next_obs[:, 2], data.obs[:, 2], atol=1e-5, rtol=0)
 
 
+def test_small_units_are_not_taken_for_constants():
+    data = linear_data()
+    micro = transitions(data.obs * 1e-7, data.action, data.next_obs * 1e-7)
+    assert fitted(micro)[0].learned.tolist() == [True, True, False]
+
+
 def test_a_constant_input_gives_finite_numbers_off_the_data():
     model, _ = fitted()
     prediction = model.predict(torch.tensor([[0.0, 0.0, 1e3]]), torch.zeros(1, 1))
@@ -428,6 +434,12 @@ def edit(folder, **changes):
         (lambda f: (f / "model.safetensors").write_bytes(b"half"), "truncated or altered"),
         (lambda f: (f / "model.safetensors").unlink(), "not a readable model folder"),
         (lambda f: (f / "model.json").write_text("{"), "not a readable model folder"),
+        (lambda f: (f / "model.json").write_bytes(b"\xff\xfe"), "not a readable model folder"),
+        (lambda f: (f / "model.json").write_text("[]"), "must hold a JSON object, got a list"),
+        (lambda f: (f / "model.json").write_text('{"format": 1, "class": "A"}'), r"lacks \['config', 'sha256'"),
+        (lambda f: edit(f, spaces={"observation": 1, "action": 2}), "names no readable spaces"),
+        (lambda f: edit(f, **{"class": "Model"}), "cannot import Model"),
+        (lambda f: edit(f, config={"num_members": 0}), "num_members must be at least 1, got 0"),
         (lambda f: edit(f, format=99, version="9.0"), "format 99 .*learneddyn 9.0.*reads format 1"),
         (lambda f: edit(f, **{"class": "learneddyn.core.Task"}), "holds a learneddyn.core.Task, not a"),
         (lambda f: edit(f, **{"class": "learneddyn.nowhere.Model"}), "cannot import learneddyn.nowhere.Model"),

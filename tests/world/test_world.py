@@ -240,6 +240,50 @@ def test_returns_average_particles_over_members():
     torch.testing.assert_close(got, torch.full((2, 3), want))
 
 
+@pytest.mark.parametrize("chunk", [1, 6, 7, 10_000])
+def test_chunks_of_plans_return_the_same(chunk):
+    """A chunk of any size, plans that do not fill it, particles that it cannot hold."""
+    largest = []
+
+    def counted(next_obs):
+        largest.append(len(next_obs))
+        return next_obs[:, 0] >= 2.0
+
+    world = World(Shifts([[0.3]], gain=1.0), task(terminated=counted))
+    plans = torch.rand(3, 5, 4, 1, generator=generator(0)) * 2 - 1
+    obs = torch.tensor([[0.0], [1.0], [-2.0]])
+    want = world.returns(obs, plans, generator(0), particles=3, chunk=45)
+    largest.clear()
+    torch.testing.assert_close(world.returns(obs, plans, generator(0), particles=3, chunk=chunk), want)
+    assert max(largest) == min(max(3, chunk // 3 * 3), 45)
+
+
+@pytest.mark.parametrize(("sampler", "total"), [("ts1", 0.25 * (1 + 2 + 3)), ("tsinf", 0.25 * (1 + 4 + 9))])
+def test_chunked_particles_average_over_members(sampler, total):
+    """Equal shares make TSinf exact in every chunk; TS1 redraws, so its squares add up to the horizon on average."""
+    world = World(
+        Shifts([[0.5], [-0.5]]), task(reward=lambda obs, action, next_obs: next_obs[:, 0] ** 2), sampler=sampler
+    )
+    got = world.returns(torch.zeros(2, 1), torch.zeros(2, 20, 3, 1), generator(0), particles=50, chunk=100)
+    assert got.mean() == pytest.approx(total, rel=0.05)
+    assert (got.std() < 1e-6) == (sampler == "tsinf")
+
+
+def test_chunk_and_particles_below_one_are_named():
+    world = World(Shifts([[1.0]]), task())
+    with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
+        world.returns(torch.zeros(1, 1), torch.zeros(1, 2, 3, 1), generator(0), chunk=0)
+
+
+def test_finite_rows_that_add_up_to_infinity_are_kept():
+    world = World(Shifts([[0.0]]), task())
+    huge = torch.full((2, 1), 3e38)
+    after, step = world.step(world.start(huge, generator(0)), torch.zeros(2, 1), generator(0))
+    assert step.trusted.all()
+    assert torch.equal(after.obs, huge)
+    assert torch.equal(step.reward, huge[:, 0])
+
+
 def test_dead_particles_collect_nothing():
     world = World(Shifts([[1.0]]), task(terminated=above(2.0)))
     assert world.returns(torch.zeros(1, 1), torch.zeros(1, 2, 9, 1), generator(0)).tolist() == [[3.0, 3.0]]
@@ -292,8 +336,10 @@ def test_without_a_penalty_only_one_member_is_asked():
         def predict(self, obs, action, memory=None):
             raise AssertionError("every member was asked")
 
-    world = World(Thrifty([[0.0], [4.0]]), task())
-    world.step(world.start(torch.zeros(6, 1), generator(0)), torch.zeros(6, 1), generator(1))
+    for weight in (None, 0.0):
+        extra = {} if weight is None else {"penalty": ensemble_std, "penalty_weight": weight}
+        world = World(Thrifty([[0.0], [4.0]]), task(), **extra)
+        world.step(world.start(torch.zeros(6, 1), generator(0)), torch.zeros(6, 1), generator(1))
 
 
 def test_penalty_below_stops_where_members_disagree():
