@@ -25,8 +25,9 @@ class PackedMLP:
     With x_0 the input, z_l = x_l W_lᵀ + b_l, x_{l+1} = relu(z_l), y = z_L and g_l = dL/dz_l:
     dL/dW_l = g_lᵀ x_l, dL/db_l = Σ_rows g_l, dL/dx_l = g_l W_l, g_{l-1} = dL/dx_l ∘ 1{x_l > 0}.
 
-    With ``dtype=torch.bfloat16`` the products between hidden layers are taken in bf16. Weights, their gradients, and
-    the products with inputs and outputs stay float32: observations and values may need more than bf16's three digits.
+    With ``dtype=torch.bfloat16`` the products between hidden layers and the gradients of activations and inputs are
+    bf16. Weights, their gradients, and the products with inputs and to outputs stay float32: observations and values
+    may need more than bf16's three digits.
 
     Args:
         layers: ``layers[l][i]`` are the modules that together make layer l of net i, stacked along the output.
@@ -113,8 +114,8 @@ class PackedMLP:
     def input_grad(self, grad: Float[Tensor, "n b k"], start: int) -> Float[Tensor, "b c"]:
         """Return dL/dinput summed over the nets, for the input columns from ``start`` on."""
         *_, (_, g) = self._layers(grad)
-        columns = self._weights[0][:, :, start:].mT.contiguous()
-        return torch.bmm(columns, g.float().mT).sum(0).T
+        columns = self._weights_low[0][:, :, start:].mT.contiguous()
+        return torch.bmm(columns, g.to(self._dtype).mT).sum(0, dtype=torch.float32).T
 
     def _layers(self, grad: Float[Tensor, "n b k"]) -> Iterator[tuple[int, Tensor]]:
         """Yield l and g_l from the last layer to the first."""

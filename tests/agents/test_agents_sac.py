@@ -164,19 +164,40 @@ def test_a_file_holds_no_more_than_sb3s() -> None:
     assert sizes[0] < 1.02 * sizes[1]
 
 
-def test_weights_and_states_changed_from_outside_are_taken_up() -> None:
+def load_all(model, source) -> None:
+    model.set_parameters(copy.deepcopy(source.get_parameters()))
+
+
+def set_temperature(model, source) -> None:
+    model.log_ent_coef.data = torch.full((1,), -1.0)  # as SB3's load does
+
+
+def scale_in_place(model, source) -> None:
+    with torch.no_grad():
+        model.actor.mu.weight *= 1.5
+
+
+def move(model, source) -> None:
+    model.policy.double()
+    model.policy.float()
+
+
+@pytest.mark.parametrize("change", [load_all, set_temperature, scale_in_place, move])
+def test_what_is_changed_from_outside_is_taken_up(change) -> None:
     source, fast, slow = make(SAC, seed=9), make(FastSAC), make(SAC)
-    for model in (source, fast, slow):
-        seeded_train(model, 3)
+    seeded_train(source, 5)
     for model in (fast, slow):
-        model.set_parameters(copy.deepcopy(source.get_parameters()))
-        with torch.no_grad():
-            model.actor.mu.weight *= 1.5
-        model.log_ent_coef.data = torch.full((1,), -1.0)
+        seeded_train(model, 3)
+        change(model, source)
         seeded_train(model, 3)
     assert_same(fast, slow)
-    for model, kind in ((fast, SAC), (slow, SAC), (fast, FastSAC), (slow, SAC)):  # SB3's own train on packed weights
-        seeded_train(model, 3, kind=kind)
+
+
+def test_sb3s_own_train_works_on_packed_weights() -> None:
+    fast, slow = make(FastSAC), make(SAC)
+    for kind in (FastSAC, SAC, FastSAC):
+        seeded_train(fast, 3, kind=kind)
+        seeded_train(slow, 3)
     assert_same(fast, slow)
 
 
@@ -222,6 +243,23 @@ def test_bf16_computes_close_to_fp32_and_keeps_float32_weights() -> None:
             assert not torch.equal(p.grad, q.grad), name
     for name, value in exact.logger.name_to_value.items():
         assert rough.logger.name_to_value[name] == pytest.approx(value, rel=0.02, abs=0.01), name
+
+
+def test_bf16_uses_the_weights_of_the_last_step() -> None:
+    """Each call of train renews the low-precision weights, also after changes; within a call the updates must."""
+    together, apart = (make(FastSAC, precision="bf16") for _ in range(2))
+    seeded_train(together, 4)
+    seeded_train(apart, 1)
+    for _ in range(3):
+        apart.train(1, 32)
+    assert distance(together.policy.state_dict(), apart.policy.state_dict()) == 0
+    for model in (together, apart):
+        with torch.no_grad():
+            model.critic.q_networks[0][2].weight *= 2
+    move(apart, apart)  # is packed anew
+    for model in (together, apart):
+        seeded_train(model, 1)
+    assert distance(together.policy.state_dict(), apart.policy.state_dict()) == 0
 
 
 def test_bf16_reads_observations_in_full_precision() -> None:
