@@ -29,7 +29,8 @@ class FastSAC(SAC):
 
     Args:
         *args: see ``stable_baselines3.SAC``.
-        precision: "fp32", or "bf16": products between hidden layers in bfloat16, weights and Adam in float32.
+        precision: "fp32", or "bf16": products between hidden layers in bfloat16, weights and Adam in float32. It pays
+            for wide layers; at 2 x 64 it is slower than "fp32" (``benchmarks/sac.py --width 64 --batch 64``).
         **kwargs: see ``stable_baselines3.SAC``.
 
     Raises:
