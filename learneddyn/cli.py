@@ -12,16 +12,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+import gymnasium as gym
 import jsonargparse
 from rich.console import Console
 from rich.table import Table
 
 from learneddyn import tasks
 from learneddyn.core import Transitions, generator
-from learneddyn.data import algorithm_class, collect_grade, load
 from learneddyn.data import collect as collect_steps
+from learneddyn.data import collect_grade, load, load_agent
 from learneddyn.data.grades import Grade, algorithms
-from learneddyn.envs import first_observations, load_world, save_world, world_names
+from learneddyn.envs import check_settings, first_observations, load_world, save_world, world_names
 from learneddyn.evaluation import Round
 from learneddyn.evaluation.render import side_by_side
 from learneddyn.models import AbstractDynamics, ProbabilisticEnsemble
@@ -29,6 +30,7 @@ from learneddyn.runs import (
     Notify,
     RoundsConfig,
     RunFolder,
+    check_real_spaces,
     for_each_seed,
     judge_agent,
     read_rounds,
@@ -101,7 +103,7 @@ def collect(
             overwrite=overwrite,
         )
     else:
-        policy: Any = algorithm_class(algorithm).load(agent)
+        policy = load_agent(algorithm, agent)
         mixture = [(1.0 - random_share, policy), (random_share, "random")]
         data = collect_steps(
             env_id,
@@ -158,8 +160,23 @@ def fit(
         device: of the model.
         progress: show a progress bar.
     """
+    if max_rows is not None and max_rows < 2:
+        raise ValueError(f"max_rows must be null or at least 2, got {max_rows}")
+    settings: dict[str, Any] = {
+        "task": env_id,
+        "sampler": sampler,
+        "penalty": penalty,
+        "penalty_weight": penalty_weight,
+        "trust_margin": trust_margin,
+        "halt_reward": halt_reward,
+        "horizon": horizon,
+    }
+    # A mistake in the settings must not cost a fit.
+    check_settings(out, **settings)
     rng = generator(seed, device)
     data = load(dataset, device=device)
+    if data.spaces is not None and _registered(env_id):
+        check_real_spaces(env_id, data.spaces, f"the data {data.source!r}")
     if max_rows is not None and max_rows < len(data):
         import torch
 
@@ -169,14 +186,8 @@ def fit(
     save_world(
         out,
         model,
-        task=env_id,
-        sampler=sampler,
-        penalty=penalty,
-        penalty_weight=penalty_weight,
+        **settings,
         data=data,
-        trust_margin=trust_margin,
-        halt_reward=halt_reward,
-        horizon=horizon,
         start={"task": None, "data": data.obs, "data:first": first_observations(data)}[start],
     )
     figures = ", ".join(f"{name} {value:.4g}" for name, value in report.metrics.items())
@@ -269,10 +280,12 @@ def train(
         target=target,
         episodes=episodes,
     )
-    if (world is not None) + (dataset is not None) + (grades is not None) != 1:
+    if bool(world) + bool(dataset) + bool(grades) != 1:
         raise ValueError("give exactly one of --world, --dataset and --grades")
     if world is not None and rounds > 1:
         raise ValueError(f"--rounds {rounds} refits a model: give --dataset or --grades instead of --world")
+    if world is not None:
+        check_real_spaces(env_id, load_world(world, device).world.spaces, f"the world {world!r}")
     model = _default_model(env_id) if model is None else model
     chosen = seeds or [seed]
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
@@ -330,6 +343,7 @@ def evaluate(
         resume: overwrite the report in the folder.
     """
     real_id = load_world(world, device).world.task.real_id
+    load_agent(algorithm, agent, device)
     config = RoundsConfig(real_id=real_id, algorithm=algorithm, episodes=episodes)
     settings = {"world": world, "agent": agent, "algorithm": algorithm, "episodes": episodes, "seed": seed}
     folder = RunFolder(out, settings, resume=resume)
@@ -365,6 +379,8 @@ def render(
         seed: of start and world.
         device: of world and agent.
     """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     loaded = load_world(world, device).world
     space = loaded.spaces.action
     space.seed(seed)
@@ -373,7 +389,7 @@ def render(
 
         acting: Any = encode(space, [space.sample() for _ in range(steps)])
     else:
-        acting = algorithm_class(algorithm).load(agent, device=device)
+        acting = load_agent(algorithm, agent, device)
     side_by_side(
         acting,
         loaded,
@@ -442,34 +458,46 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; errors of the package end in one line on stderr and exit code 1."""
+    """Run a command; what users can get wrong ends in one line on stderr and exit code 1."""
     given = _with_presets(list(sys.argv[1:] if arguments is None else arguments))
     try:
         jsonargparse.auto_cli(COMMANDS, args=given, prog="learneddyn")
-    except (ValueError, OSError, LookupError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, OSError, LookupError, RuntimeError, FloatingPointError, gym.error.Error) as error:
         told = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"learneddyn: {type(error).__name__}: {told}", file=sys.stderr)
         raise SystemExit(1) from error
 
 
 def _with_presets(arguments: list[str]) -> list[str]:
-    """Replace the name of a preset behind --config by its path."""
+    """Replace the name of a preset behind --config by its path, and let it come first: the other words go on top."""
     apart: list[str] = []
     for word in arguments:
         apart += word.split("=", 1) if word.startswith("--config=") else [word]
-    for index, word in enumerate(apart[:-1]):
-        if word == "--config" and not Path(apart[index + 1]).exists():
-            apart[index + 1] = str(_preset(apart[0], apart[index + 1]))
-    return apart
+    configs: list[str] = []
+    while "--config" in apart[1:-1]:
+        index = apart.index("--config", 1)
+        name = apart[index + 1]
+        configs += ["--config", name if Path(name).exists() else str(_preset(apart[0], name))]
+        del apart[index : index + 2]
+    return [*apart[:1], *configs, *apart[1:]]
 
 
 def _preset(command: str, name: str) -> Path:
-    path = _PRESETS / command / f"{name}.yaml"
+    path = _PRESETS / (f"{name}.yaml" if "/" in name else f"{command}/{name}.yaml")
     if not path.exists():
         known = sorted(found.stem for found in (_PRESETS / command).glob("*.yaml"))
         print(f"learneddyn: there is no file or {command} preset {name!r}; presets are {known}", file=sys.stderr)
         raise SystemExit(2)
     return path
+
+
+def _registered(env_id: str) -> bool:
+    """Tell whether Gymnasium knows the environment; tasks of your own logs may have no simulator."""
+    try:
+        gym.spec(env_id)
+    except gym.error.Error:
+        return False
+    return True
 
 
 def _default_model(env_id: str) -> AbstractDynamics:

@@ -99,12 +99,29 @@ def test_every_preset_parses(path, home, capsys):
         (["train", "--config=nowhere"], 2, "no file or train preset 'nowhere'; presets are"),
         (["train", "Foo-v0", "--grades", "{random: 10}"], 1, "no task is known for environment 'Foo-v0'"),
         (["train", "Hopper-v5"], 1, "give exactly one of --world, --dataset and --grades"),
+        (["train", "Hopper-v5", "--dataset", "[]"], 1, "give exactly one of --world, --dataset and --grades"),
+        (["fit", "Hopper-v5", "[]"], 1, "must name at least one data set, got []"),
         (["train", "Hopper-v5", "--world", "w", "--rounds", "2"], 1, "give --dataset or --grades instead of --world"),
         (["train", "Hopper-v5", "--grades", "{random: 9}", "--algorithm", "SARSA"], 1, "algorithm must be one of"),
         (["train", "Hopper-v5", "--grades", "{random: 9}", "--lanes", "0"], 1, "lanes must be at least 1, got 0"),
         (["train", "Hopper-v5", "--colour", "red"], 2, "--colour"),
         (["fit", "Hopper-v5", "[nobody/has-this-v0]"], 1, "learneddyn collect"),
         (["evaluate", "atlantis", "agent.zip"], 1, "there is no world 'atlantis': shipped worlds are"),
+        (["collect", "Moon-v5", "moon/random-v0"], 1, "Environment `Moon` doesn't exist"),
+        (["collect", "Hopper-v5", "hop-v0", "--agent", "gone.zip"], 1, "there is no agent 'gone.zip'"),
+        (["evaluate", "inverted-pendulum", "gone.zip"], 1, "there is no agent 'gone.zip'"),
+        (["render", "inverted-pendulum", "--steps", "0"], 1, "steps must be at least 1, got 0"),
+        (["train", "Hopper-v5", "--world", "inverted-pendulum"], 1, "but Hopper-v5 has"),
+        (
+            ["train", "Hopper-v5", "--grades", "{random: 9}", "--algorithm_kwargs", "{nsteps: 8}"],
+            1,
+            "PPO does not take nsteps; algorithm_kwargs may hold batch_size",
+        ),
+        (
+            ["train", "InvertedPendulum-v5", "--world", "inverted-pendulum", "--algorithm", "DQN"],
+            1,
+            "DQN cannot act here",
+        ),
         (["demo", "--task", "moonwalk"], 2, "no file or demo preset 'moonwalk'; presets are"),
     ],
 )
@@ -120,3 +137,52 @@ def test_an_unknown_key_in_a_file_is_named(home, capsys):
         main(["train", "--config", config(home, env_id="Hopper-v5", colour="red")])
     assert stopped.value.code == 2
     assert "colour" in capsys.readouterr().err
+
+
+def test_words_go_on_top_of_a_file_wherever_it_stands(home, capsys):
+    settings = config(home, env_id="Hopper-v5", lanes=8, seed=5)
+    for words in (["--seed", "7", "--config", settings], ["--config", settings, "--seed", "7"]):
+        with pytest.raises(SystemExit):
+            main(["train", *words, "--print_config"])
+        parsed = yaml.safe_load(capsys.readouterr().out)
+        assert (parsed["seed"], parsed["lanes"], parsed["env_id"]) == (7, 8, "Hopper-v5")
+
+
+def test_presets_go_by_the_names_that_list_shows(home, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--config", "demo/inverted-pendulum", "--trust_margin", "null", "--print_config"])
+    assert stopped.value.code == 0
+    parsed = yaml.safe_load(capsys.readouterr().out)
+    assert (parsed["target"], parsed["trust_margin"]) == (950.0, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--horizon", "0"], "horizon must be None or an integer of at least 1, got 0"),
+        (["--trust_margin", "-1"], "trust_margin must be None or a finite number of at least 0, got -1"),
+        (["--penalty", "fear"], "unknown penalty 'fear'"),
+        (["--max_rows", "0"], "max_rows must be null or at least 2, got 0"),
+        (["--out", "thesis"], "thesis exists and holds no world or model"),
+    ],
+)
+def test_mistakes_in_the_settings_of_a_world_cost_no_fit(home, capsys, monkeypatch, words, message):
+    (home / "thesis").mkdir()
+    (home / "thesis" / "thesis.tex").write_text("years of work")
+    monkeypatch.setattr(cli, "load", lambda *_, **__: pytest.fail("the settings were looked at too late"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "InvertedPendulum-v5", "[some/data-v0]", *words])
+    assert stopped.value.code == 1
+    assert message in capsys.readouterr().err
+
+
+def test_data_of_another_environment_is_refused_and_the_last_world_stays(home, capsys):
+    main(["collect", "InvertedPendulum-v5", "pendulum/random-v0", "--steps", "60", "--progress", "false"])
+    model = config(home, model=TINY_MODEL)
+    main(["fit", "InvertedPendulum-v5", "[pendulum/random-v0]", "--config", model, "--out", "world"])
+    before = (home / "world" / "model.json").read_text()
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "HalfCheetah-v5", "[pendulum/random-v0]", "--config", model, "--out", "world"])
+    assert stopped.value.code == 1
+    assert "the data 'pendulum/random-v0' has the spaces" in capsys.readouterr().err
+    assert (home / "world" / "model.json").read_text() == before

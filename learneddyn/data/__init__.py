@@ -1,7 +1,7 @@
 """Logged experience: Minari data sets, your own logs, and a fast collector for real environments."""
 
 from learneddyn.data.collect import collect
-from learneddyn.data.grades import GradeNotReached, algorithm_class, collect_grade
+from learneddyn.data.grades import GradeNotReached, algorithm_class, collect_grade, load_agent
 from learneddyn.data.logs import from_arrays, from_csv, from_parquet
 from learneddyn.data.minari import DatasetExists, DatasetNotFound, load, save
 
@@ -16,5 +16,6 @@ __all__ = [
     "from_csv",
     "from_parquet",
     "load",
+    "load_agent",
     "save",
 ]

@@ -5,6 +5,7 @@ Python runs per lane beside the environments' own. The next observation of a row
 a reset never becomes a transition, whatever autoreset mode the vector env has.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
@@ -168,13 +169,29 @@ def _vector(env: EnvSource, lanes: int, kwargs: dict[str, Any]) -> VectorEnv[Any
 def _single_spec(vector: VectorEnv[Any, Any, Any]) -> EnvSpec | None:
     """Return the spec of one environment of the vector, or None if it was not made from a spec."""
     if isinstance(vector, _Lanes | SyncVectorEnv):
-        return vector.envs[0].spec
+        return _writable(vector.envs[0].spec)
     spec = deepcopy(vector.spec)
     if spec is None or "wrappers" in spec.kwargs:
         return None
     for name in ("num_envs", "vectorization_mode", "vector_kwargs"):
         spec.kwargs.pop(name, None)
     spec.max_episode_steps = spec.kwargs.pop("max_episode_steps", spec.max_episode_steps)
+    return _writable(spec)
+
+
+def _writable(spec: EnvSpec | None) -> EnvSpec | None:
+    """Return the spec, or None with a warning where Gymnasium cannot write it: the steps taken are worth more."""
+    if spec is None:
+        return None
+    try:
+        spec.to_json()
+    except (ValueError, TypeError) as error:
+        warnings.warn(
+            f"Minari's recover_environment will not know {spec.id}, whose spec cannot be written ({error}); register "
+            "it with entry_point='module:Class' and plain keyword arguments",
+            stacklevel=4,
+        )
+        return None
     return spec
 
 

@@ -5,8 +5,12 @@ end of its budget. replay: everything the medium agent saw until it was medium. 
 "D4RL: Datasets for Deep Data-Driven Reinforcement Learning", 2020); the data are not the same.
 """
 
+import inspect
+from collections.abc import Collection
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
+from zipfile import BadZipFile
 
 import gymnasium as gym
 import numpy as np
@@ -140,8 +144,7 @@ def train(
 
     recorder, judge = _Recorder(gym.make(env_id, **(env_kwargs or {}))), Monitor(gym.make(env_id, **(env_kwargs or {})))
     judge.reset(seed=seed + 1)
-    kind = "MultiInputPolicy" if isinstance(recorder.observation_space, gym.spaces.Dict) else "MlpPolicy"
-    model = algorithm_class(algorithm)(kind, recorder, seed=seed, **(algorithm_kwargs or {}))
+    model = new_agent(algorithm, recorder, algorithm_kwargs, seed=seed)
     every = max(1, train_steps // _EVALUATIONS)
 
     def measure() -> float:
@@ -199,6 +202,51 @@ def algorithm_class(name: str) -> Any:
     if name not in known:
         raise ValueError(f"algorithm must be one of {', '.join(sorted(known))}, got '{name}'")
     return known[name]
+
+
+def check_arguments(name: str, given: Collection[str]) -> None:
+    """Make sure that an algorithm takes these constructor arguments, and that they are not the caller's to give.
+
+    Raises:
+        ValueError: no algorithm of that name, or an argument that it does not take; lists those it takes.
+    """
+    known = inspect.signature(algorithm_class(name).__init__).parameters.keys()
+    allowed = sorted(known - {"self", "env", "seed", "device", "_init_setup_model"})
+    if unknown := sorted(set(given) - set(allowed)):
+        raise ValueError(f"{name} does not take {', '.join(unknown)}; algorithm_kwargs may hold {', '.join(allowed)}")
+
+
+def new_agent(name: str, env: Any, kwargs: dict[str, Any] | None = None, *, seed: int, device: str = "auto") -> Any:
+    """Return an untrained agent; ``policy`` defaults to the algorithm's own for the observation space.
+
+    Raises:
+        ValueError: no algorithm of that name, an argument it does not take, or spaces that it cannot handle.
+    """
+    check_arguments(name, kwargs or {})
+    kind = algorithm_class(name)
+    stem = "MultiInput" if isinstance(env.observation_space, gym.spaces.Dict) else "Mlp"
+    policy = f"{stem}Policy" if f"{stem}Policy" in kind.policy_aliases else f"{stem}LstmPolicy"
+    try:
+        return kind(env=env, seed=seed, device=device, **{"policy": policy} | (kwargs or {}))
+    except AssertionError as error:
+        # Stable-Baselines3 refuses spaces by assertion.
+        raise ValueError(f"{name} cannot act here: {error}") from error
+
+
+def load_agent(name: str, path: str | Path, device: str = "auto") -> Any:
+    """Return the agent that Stable-Baselines3 saved in a zip.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no algorithm of that name, or no readable agent of it in the file.
+    """
+    kind = algorithm_class(name)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no agent {str(path)!r}: name a zip that Stable-Baselines3 saved")
+    try:
+        return kind.load(path, device=device)
+    except (ValueError, LookupError, AttributeError, TypeError, RuntimeError, AssertionError, BadZipFile) as error:
+        raise ValueError(f"{path} holds no readable {name} agent ({type(error).__name__}: {error})") from error
 
 
 class _Recorder(gym.Wrapper[Any, Any, Any, Any]):

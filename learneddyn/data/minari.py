@@ -58,9 +58,11 @@ def load(
     Raises:
         DatasetNotFound: not local and not downloadable; names the ``learneddyn collect`` command for a stand-in.
         DataError: no transition, NaN or infinity, a damaged folder, or data sets of different spaces.
-        ValueError: a malformed id.
+        ValueError: no id, or a malformed one.
     """
     ids = [dataset_id] if isinstance(dataset_id, str) else list(dataset_id)
+    if not ids:
+        raise ValueError("dataset_id must name at least one data set, got []")
     if max_episodes is not None and max_episodes < 1:
         raise ValueError(f"max_episodes must be at least 1 or None, got {max_episodes}")
     return Transitions.cat([_load(name, max_episodes) for name in ids]).to(device)

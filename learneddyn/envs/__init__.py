@@ -5,7 +5,7 @@ from learneddyn.envs.learned import LearnedEnv, make_env
 from learneddyn.envs.sb3 import LearnedVecEnv
 from learneddyn.envs.start import first_observations
 from learneddyn.envs.vector import LearnedVectorEnv, make_vector_env
-from learneddyn.envs.worlds import LoadedWorld, WorldFileError, load_world, save_world, world_names
+from learneddyn.envs.worlds import LoadedWorld, WorldFileError, check_settings, load_world, save_world, world_names
 
 __all__ = [
     "InvalidAction",
@@ -14,6 +14,7 @@ __all__ = [
     "LearnedVectorEnv",
     "LoadedWorld",
     "WorldFileError",
+    "check_settings",
     "first_observations",
     "load_world",
     "make_env",

@@ -34,6 +34,9 @@ class LearnedVecEnv(VecEnv):
         render_mode: None or ``"rgb_array"``.
         width: of a lane's frame, pixels.
         height: of a lane's frame, pixels.
+
+    Raises:
+        ValueError: discrete actions that do not begin at 0, which Stable-Baselines3 cannot name.
     """
 
     def __init__(
@@ -47,6 +50,12 @@ class LearnedVecEnv(VecEnv):
         width: int = 480,
         height: int = 480,
     ) -> None:
+        action = world.spaces.action
+        if isinstance(action, gym.spaces.Discrete) and action.start != 0:
+            raise ValueError(
+                f"Stable-Baselines3 numbers discrete actions from 0, this world has {action}: shift the actions of the "
+                "data (for logs: discrete=n), or wrap the real environment before collecting"
+            )
         self.env = LearnedVectorEnv(
             world,
             num_envs,

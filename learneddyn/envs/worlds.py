@@ -10,6 +10,7 @@
 import hashlib
 import importlib.resources
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 import learneddyn
 from learneddyn import tasks
-from learneddyn.core import Task, Transitions
+from learneddyn.core import Json, Task, Transitions, generator
 from learneddyn.files import replaced_folder, surviving_folder, write_file
 from learneddyn.models.base import AbstractDynamics
 from learneddyn.world import PENALTIES, SAMPLERS, World, all_trusted, within_box
@@ -95,23 +96,20 @@ def save_world(
         start: observations that episodes begin at; None leaves it to the task.
 
     Raises:
-        ValueError: an unknown sampler or penalty, tables with the wrong columns, or a model that is not fitted.
+        ValueError: an unknown sampler or penalty, a horizon or margin out of range, tables with the wrong columns, or a
+            model that is not fitted.
         FileExistsError: the folder holds something else.
     """
-    target = Path(folder)
-    if target.exists() and not (target / "model.json").exists() and (target.is_file() or any(target.iterdir())):
-        raise FileExistsError(
-            f"{target} exists and holds no world or model: it will not be replaced, name another folder"
-        )
-    card: dict[str, Any] = {
-        "task": task if isinstance(task, str) else task.real_id,
-        "sampler": sampler,
-        "penalty": penalty,
-        "penalty_weight": penalty_weight,
-        "trust_margin": trust_margin,
-        "halt_reward": halt_reward,
-        "horizon": horizon,
-    }
+    card = check_settings(
+        folder,
+        task=task,
+        sampler=sampler,
+        penalty=penalty,
+        penalty_weight=penalty_weight,
+        trust_margin=trust_margin,
+        halt_reward=halt_reward,
+        horizon=horizon,
+    )
     tables = {} if start is None else {"start": start}
     if data is not None and trust_margin is not None:
         seen = torch.cat([data.check().obs, data.next_obs])
@@ -124,10 +122,46 @@ def save_world(
         "version": learneddyn.__version__,
         "sha256": hashlib.sha256(blob).hexdigest(),
     }
-    with replaced_folder(target) as fresh:
+    with replaced_folder(Path(folder)) as fresh:
         model.save(fresh)
         write_file(fresh / "world.safetensors", blob)
         write_file(fresh / "world.json", json.dumps(card, indent=2).encode())
+
+
+def check_settings(
+    folder: str | Path,
+    *,
+    task: Task | str,
+    sampler: str = "elite",
+    penalty: str | None = None,
+    penalty_weight: float = 0.0,
+    trust_margin: float | None = 0.5,
+    halt_reward: float | None = None,
+    horizon: int | None = None,
+) -> Json:
+    """Return the card of a world that `save_world` may write: what can be refused before a model is fitted for it.
+
+    Raises:
+        ValueError: an unknown sampler or penalty, or a number out of its range.
+        UnknownTask: the task is not one of `learneddyn.tasks.names`.
+        FileExistsError: the folder holds something else.
+    """
+    target = Path(folder)
+    if target.exists() and not (target / "model.json").exists() and (target.is_file() or any(target.iterdir())):
+        raise FileExistsError(
+            f"{target} exists and holds no world or model: it will not be replaced, name another folder"
+        )
+    card: Json = {
+        "task": task if isinstance(task, str) else task.real_id,
+        "sampler": sampler,
+        "penalty": penalty,
+        "penalty_weight": penalty_weight,
+        "trust_margin": trust_margin,
+        "halt_reward": halt_reward,
+        "horizon": horizon,
+    }
+    _check_card(card, "")
+    return card
 
 
 def load_world(name_or_folder: str | Path, device: torch.device | str = "cpu") -> LoadedWorld:
@@ -157,10 +191,15 @@ def _assemble(
     model: AbstractDynamics, card: dict[str, Any], tables: dict[str, Tensor], folder: Path | None = None
 ) -> LoadedWorld:
     where = "" if folder is None else f"{folder}: "
-    for name, allowed in (("sampler", set(SAMPLERS)), ("penalty", set(PENALTIES) | {None})):
-        if card[name] not in allowed:
-            raise WorldFileError(f"{where}unknown {name} {card[name]!r}, allowed are {sorted(allowed, key=str)}")
+    _check_card(card, where)
     width = None if model.spaces is None else model.spaces.obs_dim
+    task = tasks.get(card["task"])
+    if width is not None and task.initial is not None:
+        columns = task.initial(1, generator(0)).shape[1]
+        if columns != width:
+            raise WorldFileError(
+                f"{where}{card['task']} is observed in {columns} columns, the model was fitted on {width}"
+            )
     for name, table in tables.items():
         if width is not None and (table.shape[-1] != width or not table.isfinite().all()):
             raise WorldFileError(
@@ -169,7 +208,7 @@ def _assemble(
     boxed = card["trust_margin"] is not None and "low" in tables
     world = World(
         model,
-        tasks.get(card["task"]),
+        task,
         sampler=card["sampler"],
         penalty=None if card["penalty"] is None else PENALTIES[card["penalty"]],
         penalty_weight=card["penalty_weight"],
@@ -177,6 +216,21 @@ def _assemble(
         halt_reward=card["halt_reward"],
     )
     return LoadedWorld(world, card["horizon"], tables.get("start"))
+
+
+def _check_card(card: Json, where: str) -> None:
+    """Refuse settings that no world can have."""
+    tasks.get(card["task"])
+    horizon, margin = card["horizon"], card["trust_margin"]
+    if horizon is not None and (not isinstance(horizon, int) or horizon < 1):
+        raise WorldFileError(f"{where}horizon must be None or an integer of at least 1, got {horizon!r}")
+    if margin is not None and (not isinstance(margin, int | float) or not 0 <= margin < math.inf):
+        raise WorldFileError(f"{where}trust_margin must be None or a finite number of at least 0, got {margin!r}")
+    for name, allowed in (("sampler", set(SAMPLERS)), ("penalty", set(PENALTIES) | {None})):
+        if card[name] not in allowed:
+            raise WorldFileError(f"{where}unknown {name} {card[name]!r}, allowed are {sorted(allowed, key=str)}")
+    if card["penalty_weight"] and card["penalty"] is None:
+        raise WorldFileError(f"{where}penalty_weight is {card['penalty_weight']} but no penalty is given")
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

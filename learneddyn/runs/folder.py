@@ -44,7 +44,7 @@ class RunFolder:
                 raise RunExists(
                     f"{self.path} was run with other settings ({told}): resume with the same, or another --out"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(entry.name != ".config.json.new" for entry in self.path.iterdir()):
             raise RunExists(f"{self.path} exists and holds no run: name an empty or new folder with --out")
         self.path.mkdir(parents=True, exist_ok=True)
         self.write("config.json", {"config": settings, "versions": versions()})

@@ -26,6 +26,7 @@ from learneddyn.evaluation.render import side_by_side
 from learneddyn.runs.folder import load_transitions
 from learneddyn.runs.rounds import RoundsConfig, imagined_beside, read_rounds
 from learneddyn.world import World
+from learneddyn.world.draw import RenderError
 
 _FRESH = 777_000
 """Added to the seed of the last judgement, so that the rounds' stop rule has not seen these episodes."""
@@ -62,7 +63,8 @@ def report_runs(
     calibration: dict[str, Calibration] = {}
     accuracy: dict[str, StepAccuracy] = {}
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    gif = folder / "side_by_side.gif"
+    gif: Path | None = None
+    unseen = ""
     for seed in seeds:
         home = folder / f"seed-{seed}"
         rounds[seed] = read_rounds(home)
@@ -94,7 +96,15 @@ def report_runs(
             fidelity[f"seed {seed}, fresh episodes of random actions"], _ = _fidelity(
                 imagination, random.to(device), reference, rng
             )
-            side_by_side(agent, imagination, config.real_id, gif, seed=seed, device=device)
+            # The judgement is done: a task or a machine that cannot draw must not cost it.
+            if imagination.task.codec is None:
+                unseen = f"No picture: the task of {config.real_id} has no codec to draw observations with."
+            else:
+                try:
+                    gif = folder / "side_by_side.gif"
+                    side_by_side(agent, imagination, config.real_id, gif, seed=seed, device=device)
+                except RenderError as error:
+                    gif, unseen = None, f"No picture: {error}"
     notes = [
         f"A round's real episodes also decide whether it is the last. The headline therefore judges the last agents on "
         f"{config.episodes} fresh episodes each: "
@@ -116,7 +126,7 @@ def report_runs(
         gif=gif,
         config=settings,
         target=config.target,
-        notes=[*notes, *([task.notes] if task.notes else [])],
+        notes=[*notes, *(note for note in (task.notes, unseen) if note)],
     )
     return path, final
 

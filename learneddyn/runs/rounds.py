@@ -17,6 +17,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import torch
@@ -26,13 +27,15 @@ from stable_baselines3.common.logger import configure
 
 from learneddyn import tasks
 from learneddyn.core import Json, Transitions, generator
-from learneddyn.data import algorithm_class, collect
+from learneddyn.data import algorithm_class, collect, load_agent
+from learneddyn.data.grades import check_arguments, new_agent
 from learneddyn.envs import LearnedVecEnv, LoadedWorld, first_observations, load_world, save_world
 from learneddyn.evaluation import Imagined, Returns, Round, evaluate, fidelity_of_log, imagined, longest_window
 from learneddyn.files import replace_file
 from learneddyn.models import AbstractDynamics
 from learneddyn.runs.folder import load_transitions, save_transitions
 from learneddyn.runs.seeds import Notify, silent
+from learneddyn.spaces import Spaces, flat_dim
 
 _ERROR_HORIZON = 20
 """Steps over which the model's open-loop error is measured on the agent's own episodes (fewer if those are shorter)."""
@@ -87,7 +90,7 @@ class RoundsConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.start not in ("task", "data", "data:first"):
             raise ValueError(f"start must be 'task', 'data' or 'data:first', got {self.start!r}")
-        algorithm_class(self.algorithm)
+        check_arguments(self.algorithm, self.algorithm_kwargs)
         tasks.get(self.real_id)
 
 
@@ -124,6 +127,8 @@ def run_rounds(
     """
     folder.mkdir(parents=True, exist_ok=True)
     played = read_rounds(folder)
+    if data is not None and data.spaces is not None:
+        check_real_spaces(config.real_id, data.spaces, f"the data {data.source!r}", exactly=config.rounds > 1)
     while not _finished(played, config):
         number = len(played)
         here, before = folder / f"round-{number}", folder / f"round-{number - 1}"
@@ -173,11 +178,36 @@ def judge_agent(
     """Judge an agent that was trained elsewhere, and return one record; it is copied into the folder."""
     here = folder / "round-0"
     here.mkdir(parents=True, exist_ok=True)
-    acting = algorithm_class(config.algorithm).load(agent, device=device)
+    acting = load_agent(config.algorithm, agent, device)
     replace_file(here / "agent.zip", agent.read_bytes())
     played = [_judge(config, acting, world, None, here, _seed(seed, 0), device)]
     replace_file(folder / "rounds.json", json.dumps([played[0].to_json()], indent=2).encode())
     return played
+
+
+def check_real_spaces(real_id: str, spaces: Spaces, what: str, *, exactly: bool = False) -> None:
+    """Make sure that an agent that learns in these spaces can be judged in the real environment.
+
+    Raises:
+        ValueError: the environment cannot be made, or has other spaces; bounds and dtypes matter only ``exactly``.
+    """
+    try:
+        env = gym.make(real_id)
+    except gym.error.Error as error:
+        raise ValueError(
+            f"{real_id} cannot be made, so nothing can be judged in it ({error}). Without a simulator, train in "
+            "Python: any Stable-Baselines3 agent in learneddyn.envs.LearnedVecEnv(world, lanes)"
+        ) from error
+    real = Spaces(env.observation_space, env.action_space)
+    env.close()
+    if not (spaces == real if exactly else all(map(_alike, spaces, real))):
+        raise ValueError(f"{what} has the spaces {tuple(spaces)}, but {real_id} has {tuple(real)}")
+
+
+def _alike(one: gym.Space[Any], other: gym.Space[Any]) -> bool:
+    if isinstance(one, gym.spaces.Dict) and isinstance(other, gym.spaces.Dict):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    return type(one) is type(other) and one.shape == other.shape and flat_dim(one) == flat_dim(other)
 
 
 def read_rounds(folder: Path) -> list[Round]:
@@ -257,12 +287,10 @@ def _learn(
     """Train in a world, from the agent of the last round if there is one, and save the agent."""
     env = LearnedVecEnv.from_name(world, config.lanes, device=device)
     env.seed(seed)
-    kind = algorithm_class(config.algorithm)
     if last is None:
-        policy = "MultiInputPolicy" if isinstance(env.observation_space, gym.spaces.Dict) else "MlpPolicy"
-        agent = kind(env=env, seed=seed, device=device, **{"policy": policy} | config.algorithm_kwargs)
+        agent = new_agent(config.algorithm, env, config.algorithm_kwargs, seed=seed, device=device)
     else:
-        agent = kind.load(last, env=env, device=device)
+        agent = algorithm_class(config.algorithm).load(last, env=env, device=device)
         agent.set_random_seed(seed)
     sinks = ["csv", "tensorboard"] if importlib.util.find_spec("tensorboard") else ["csv"]
     agent.set_logger(configure(str(here), sinks))

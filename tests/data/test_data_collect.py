@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from learneddyn import data
@@ -258,3 +259,10 @@ def test_lanes_of_different_spaces_are_refused():
     kinds = iter(["Pendulum-v1", "CartPole-v1"])
     with pytest.raises(ValueError, match="all lanes must have the same spaces"):
         data.collect(lambda: gym.make(next(kinds)), steps=10, lanes=2, progress=False)
+
+
+def test_a_spec_that_cannot_be_written_costs_no_data(datasets, monkeypatch):
+    monkeypatch.setitem(gym.registry, "Local-v0", EnvSpec("Local-v0", entry_point=Clock, max_episode_steps=9))
+    with pytest.warns(UserWarning, match=r"will not know Local-v0.*entry_point='module:Class'"):
+        data.collect("Local-v0", "mine/local-v0", steps=20, progress=False)
+    assert len(data.load("mine/local-v0")) == 20

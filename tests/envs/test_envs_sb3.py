@@ -112,3 +112,8 @@ def test_infos_belong_to_one_lane_each():
 def test_no_lanes_is_an_error():
     with pytest.raises(ValueError, match="num_envs must be at least 1, got 0"):
         LearnedVecEnv(linear_world(), 0)
+
+
+def test_discrete_actions_that_do_not_begin_at_zero_are_refused():
+    with pytest.raises(ValueError, match=r"numbers discrete actions from 0, this world has Discrete\(3, start=5\)"):
+        LearnedVecEnv(linear_world(spaces=Spaces(BOX.observation, spaces.Discrete(3, start=5))), 2)

@@ -104,13 +104,17 @@ def test_a_failed_save_leaves_the_last_good_world(folder: Path, monkeypatch: pyt
     [
         ({"sampler": "best"}, r"unknown sampler 'best', allowed are \['elite', 'mean', 'ts1', 'tsinf'\]"),
         ({"penalty": "fear"}, r"unknown penalty 'fear', allowed are .*'ensemble_std'"),
+        ({"horizon": 0}, "horizon must be None or an integer of at least 1, got 0"),
+        ({"trust_margin": -0.5}, "trust_margin must be None or a finite number of at least 0, got -0.5"),
+        ({"penalty_weight": 1.0}, "penalty_weight is 1.0 but no penalty is given"),
+        ({"task": "Hopper-v5"}, "Hopper-v5 is observed in 11 columns, the model was fitted on 2"),
         ({"start": torch.zeros(3, 5)}, "table 'start' must be finite and have the model's 2 columns"),
         ({"start": torch.full((3, 2), torch.inf)}, "must be finite"),
     ],
 )
 def test_what_cannot_be_loaded_is_not_saved(tmp_path: Path, change: dict[str, Any], says: str):
     with pytest.raises(WorldFileError, match=says):
-        save_world(tmp_path / "world", model_and_data()[0], task=REAL_ID, **change)
+        save_world(tmp_path / "world", model_and_data()[0], **{"task": REAL_ID} | change)
     assert not (tmp_path / "world").exists()
 
 
@@ -160,7 +164,7 @@ def test_a_model_for_other_spaces_is_refused(folder: Path, tmp_path: Path):
     other.save(tmp_path / "other")
     for name in ("model.json", "model.safetensors"):
         (folder / name).write_bytes((tmp_path / "other" / name).read_bytes())
-    with pytest.raises(WorldFileError, match="must be finite and have the model's 17 columns"):
+    with pytest.raises(WorldFileError, match="observed in 2 columns, the model was fitted on 17"):
         load_world(folder)
 
 

@@ -3,17 +3,30 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from stable_baselines3 import PPO
 
+from learneddyn import tasks
 from learneddyn.core import DataError
 from learneddyn.data import collect
 from learneddyn.models import ProbabilisticEnsemble
-from learneddyn.runs import RoundsConfig, RunExists, RunFolder, for_each_seed, rounds, run_rounds, train_in_world
+from learneddyn.runs import (
+    RoundsConfig,
+    RunExists,
+    RunFolder,
+    check_real_spaces,
+    for_each_seed,
+    rounds,
+    run_rounds,
+    train_in_world,
+)
 from learneddyn.runs.folder import load_transitions, save_transitions
 from learneddyn.runs.report import report_runs
+from learneddyn.tasks import registry
+from learneddyn.world.draw import RenderError
 
 TINY = RoundsConfig(
     "InvertedPendulum-v5",
@@ -39,6 +52,12 @@ def test_a_folder_with_a_run_is_not_touched_without_resume(tmp_path):
     with pytest.raises(RunExists, match="--resume"):
         RunFolder(tmp_path / "run", {"seed": 0})
     RunFolder(tmp_path / "run", {"seed": 0}, resume=True)
+
+
+def test_a_folder_whose_first_write_was_killed_is_as_good_as_new(tmp_path):
+    (tmp_path / ".config.json.new").write_text("{")
+    RunFolder(tmp_path, {"seed": 0})
+    assert RunFolder(tmp_path, {"seed": 0}, resume=True).read("config.json")["config"] == {"seed": 0}
 
 
 def test_resume_needs_the_same_settings_and_names_the_difference(tmp_path):
@@ -220,3 +239,43 @@ def test_the_report_judges_the_last_agents_on_fresh_episodes(tmp_path):
     assert metrics["curves"]["Imagined return while learning"]["seed 1"]["y"]
     assert np.all(final[0].returns > 0)
     assert (tmp_path / "side_by_side.gif").read_bytes()[:3] == b"GIF"
+
+
+def test_a_recurrent_agent_gets_the_policy_it_needs(tmp_path):
+    recurrent = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "policy_kwargs": {"lstm_hidden_size": 8}}
+    config = replace(TINY, algorithm="RecurrentPPO", algorithm_kwargs=recurrent, imagined_steps=128)
+    assert len(train_in_world(config, "inverted-pendulum", tmp_path, seed=0)) == 1
+
+
+def test_data_of_other_spaces_is_refused_before_anything_is_learned(tmp_path):
+    with pytest.raises(ValueError, match=r"the data 'CartPole.*has the spaces .*, but InvertedPendulum-v5 has"):
+        run_rounds(TINY, tiny_model(), replace(collect("CartPole-v1", steps=30, progress=False), source="CartPole"),
+                   tmp_path / "seed-0")  # fmt: skip
+    assert not (tmp_path / "seed-0" / "round-0").exists()
+
+
+def test_spaces_that_differ_in_bounds_can_be_judged_but_not_joined():
+    spaces = tiny_data().spaces
+    narrow = spaces._replace(action=gym.spaces.Box(-1.0, 1.0, (1,)))
+    check_real_spaces("InvertedPendulum-v5", narrow, "the log")
+    with pytest.raises(ValueError, match="the log has the spaces"):
+        check_real_spaces("InvertedPendulum-v5", narrow, "the log", exactly=True)
+    with pytest.raises(ValueError, match=r"Plant-v0 cannot be made.*LearnedVecEnv"):
+        check_real_spaces("Plant-v0", spaces, "the log")
+
+
+@pytest.mark.parametrize("reason", ["the task has no codec", "nothing can be drawn here"])
+def test_what_cannot_be_drawn_is_still_reported(tmp_path, monkeypatch, reason):
+    if reason == "the task has no codec":
+        monkeypatch.setitem(registry._registered, TINY.real_id, replace(tasks.get(TINY.real_id), codec=None))
+    else:
+
+        def fail(*_, **__):
+            raise RenderError(reason)
+
+        monkeypatch.setattr("learneddyn.runs.report.side_by_side", fail)
+    train_in_world(TINY, "inverted-pendulum", tmp_path / "seed-0", seed=0)
+    report_runs(tmp_path, TINY, [0], title="tiny", settings={}, world="inverted-pendulum")
+    notes = json.loads((tmp_path / "metrics.json").read_text())["notes"]
+    assert any(note.startswith("No picture: ") and reason.split()[-1] in note for note in notes)
+    assert (tmp_path / "report.html").exists()
