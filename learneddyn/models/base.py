@@ -133,7 +133,7 @@ class AbstractDynamics(nn.Module, ABC):
         module, _, name = card["class"].rpartition(".")
         try:
             found = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError) as error:
             raise ModelFileError(
                 f"{source} holds a {card['class']}: cannot import {card['class']} ({error})"
             ) from error
@@ -141,9 +141,12 @@ class AbstractDynamics(nn.Module, ABC):
             raise ModelFileError(f"{source} holds a {card['class']}, not a {cls.__name__}")
         try:
             model = found(**card["config"])
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ModelFileError(f"{card['class']} does not take the arguments that {source} names: {error}") from error
-        model.spaces, model.source = Spaces.from_json(card["spaces"]), card["source"]
+        try:
+            model.spaces, model.source = Spaces.from_json(card["spaces"]), card["source"]
+        except (TypeError, ValueError, KeyError, NotImplementedError) as error:
+            raise ModelFileError(f"{source}/model.json names no readable spaces: {error}") from error
         model._build(model.spaces)
         try:
             model.load_state_dict(load_tensors(blob))
@@ -173,13 +176,17 @@ def _read(source: Path) -> tuple[dict[str, Any], bytes]:
     try:
         card = json.loads((source / "model.json").read_text())
         blob = (source / "model.safetensors").read_bytes()
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ModelFileError(f"{source} is not a readable model folder: {error}") from error
+    if not isinstance(card, dict):
+        raise ModelFileError(f"{source}/model.json must hold a JSON object, got a {type(card).__name__}")
     if card.get("format") != FORMAT:
         raise ModelFileError(
             f"{source} has model format {card.get('format')!r} (written by learneddyn {card.get('version')}), this "
             f"version reads format {FORMAT}; fit the model again or install that version"
         )
+    if missing := {"class", "config", "spaces", "source", "sha256"} - set(card):
+        raise ModelFileError(f"{source}/model.json lacks {sorted(missing)}")
     if hashlib.sha256(blob).hexdigest() != card["sha256"]:
         raise ModelFileError(f"{source}/model.safetensors is truncated or altered ({len(blob)} bytes, wrong checksum)")
     return card, blob
