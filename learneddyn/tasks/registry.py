@@ -32,9 +32,17 @@ class UnknownTask(LookupError):
 def get(real_id: str) -> Task:
     """Return the task of the environment with exactly this id.
 
+    As in Gymnasium, ``module:Id-v0`` imports the module first, which is where your own tasks get registered: worlds and
+    commands that name a task so find it in any process. The task may be registered with or without the module's name.
+
     Raises:
         UnknownTask: neither built in nor registered; another version of a known environment is another environment.
+        ModuleNotFoundError: there is no such module.
     """
+    module, colon, bare = real_id.partition(":")
+    if colon and real_id not in _registered:
+        import_module(module)
+        real_id = real_id if real_id in _registered else bare
     if real_id in _registered:
         return _registered[real_id]
     if real_id in _BUILT_IN:
@@ -46,7 +54,8 @@ def get(real_id: str) -> Task:
         f"1. give the functions: learneddyn.core.Task({real_id!r}, reward=..., terminated=..., initial=...); "
         f"2. let the model learn them: Task({real_id!r}) with a model fitted with learn_reward=True and "
         "learn_termination=True; "
-        "3. register such a task once: learneddyn.tasks.register(task). "
+        "3. register such a task once: learneddyn.tasks.register(task), in a module that the id names if other "
+        f"processes shall find it ('module:{real_id}'). "
         f"Known tasks: {', '.join(names())}"
     )
 

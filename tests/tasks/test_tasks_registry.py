@@ -81,3 +81,16 @@ def test_asking_for_tasks_creates_no_simulator():
         "for name in tasks.names(): tasks.get(name)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["Foo-v0", "my_plant:Foo-v0"])
+def test_an_id_with_a_module_finds_the_task_that_the_module_registers(name, tmp_path, monkeypatch):
+    lines = ["from learneddyn import tasks", "from learneddyn.core import Task", f"tasks.register(Task({name!r}))"]
+    (tmp_path / "my_plant.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_plant", raising=False)
+    assert tasks.get("my_plant:Foo-v0") == Task(name)
+    with pytest.raises(tasks.UnknownTask):
+        tasks.get("my_plant:Bar-v0")
+    with pytest.raises(ModuleNotFoundError, match="no_such_plant"):
+        tasks.get("no_such_plant:Foo-v0")
