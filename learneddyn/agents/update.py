@@ -11,8 +11,8 @@ steps and the constants are those of Stable-Baselines3. With u = m + σε, ã = 
             dL_π/du = (1 - ã²) [dL_π/dã|Q + (α/B) 2ã / (1 - ã² + c)],   dL_π/dm = dL_π/du
             dL_π/ds = dL_π/du σε - α/B, and 0 where the clamp holds
 
-In log π the term (u - m)²/2σ² is ε²/2 whatever m and σ are, so only s and the tanh carry gradients. SB3 computes it from
-u and m, and loses its digits where σ is far below m; elsewhere the two agree to rounding.
+In log π the term (u - m)²/2σ² is ε²/2 whatever m and σ are, so only s and the tanh carry gradients. SB3 computes it
+from u and m, and loses its digits where σ is far below m; elsewhere the two agree to rounding.
 """
 
 import math
