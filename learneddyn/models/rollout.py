@@ -1,7 +1,7 @@
 """The networks of an ensemble as rollouts use them: a frozen copy that answers fast, without autograd.
 
-Rows are grouped by member, so that a row costs one network instead of all of them, and padded to groups of one size, so
-that a layer is one batched product. A block of rows runs through all layers in two buffers before the next one begins,
+Rows are grouped by member, so that a row costs one network instead of all of them, in groups of one size, so that a
+layer is one batched product. A block of rows runs through all layers in two buffers before the next one begins,
 because fresh memory, or memory beyond the cache, costs more than anything else that could be saved here. A single row
 goes through NumPy, whose calls cost a fraction of PyTorch's.
 
@@ -21,9 +21,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 from torch.nn.functional import silu
 
-ROWS = 512
-"""Rows per member in one block: two hidden layers of the usual width then fit a core's cache."""
-
+_BYTES = 2048  # of one hidden column of one member in a block: layers of the usual width then fit a core's cache
 _ROWS_PER_MEMBER = 10  # the calls of one more batched product cost about as much as this many rows
 
 
@@ -88,23 +86,20 @@ class Snapshot:
 
     def grouped(self, x: Float[Tensor, "b i"], member: Int[Tensor, " b"]) -> Answer:
         """Ask one member per row. Waits for the device once, for the size of the groups."""
-        rows = len(x)
         order = member.argsort()
         counts = torch.bincount(member, minlength=self._full.members).tolist()
-        # Padding fills the groups with an extra row that nobody reads.
-        features = self._buffers.take("features", x, rows + 1, x.shape[1])
-        torch.sub(x, self._input_mean, out=features[:rows]).mul_(self._input_gain)
-        features[rows] = 0.0
-        out = self._buffers.take("out", x, rows + 1, self._width)
-        for members, table in _groups(order, counts):
-            layers = self._fast.of(members)
-            for block in table.split(_even(table.shape[1], ROWS), dim=1):
-                index = block.reshape(-1)
-                h = self._buffers.take("x", layers.weights[0], *block.shape, x.shape[1])
-                h.copy_(features.index_select(0, index).view_as(h))
-                out.index_copy_(0, index, self._through(layers, h).view(len(index), -1))
-        answer = self._answer(out[:rows])
-        return answer._replace(mean=answer.mean.clone())
+        rows = x.index_select(0, order).sub_(self._input_mean).mul_(self._input_gain).to(self._fast.weights[0].dtype)
+        out = self._buffers.take("out", x, len(x), self._width)
+        for block in _blocks(counts, _BYTES // rows.itemsize):
+            parts = [rows[part.window : part.window + block.rows] for part in block.parts]
+            h = parts[0] if len(parts) == 1 else torch.stack(parts)
+            answers = self._through(self._fast.of(block.members), h).view(len(parts), block.rows, -1)
+            for answer, part in zip(answers, block.parts, strict=True):
+                skipped = part.first - part.window
+                out[part.first : part.last] = answer[skipped : skipped + part.last - part.first]
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        return self._answer(out.index_select(0, place))
 
     def every(self, x: Float[Tensor, "b i"]) -> Answer:
         """Ask every member about every row, in float32."""
@@ -112,7 +107,7 @@ class Snapshot:
         shape = (self._full.members, len(x), self._targets)
         mean, std = x.new_empty(shape), x.new_empty(shape)
         ended = x.new_empty(shape[:2]) if self._ends else None
-        size = _even(len(x), ROWS // 2)
+        size = _BYTES // (2 * x.itemsize)
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
             part = self._answer(self._through(self._full, features[rows].expand(len(mean), -1, -1)))
@@ -125,15 +120,16 @@ class Snapshot:
     def _ends(self) -> bool:
         return self._width > 2 * self._targets
 
-    def _through(self, layers: "_Layers", h: Float[Tensor, "k c i"]) -> Float[Tensor, "k c w"]:
+    def _through(self, layers: "_Layers", h: Float[Tensor, "*k c i"]) -> Float[Tensor, "*k c w"]:
         """Return the raw outputs; valid until the next call of this thread."""
         last = len(layers.weights) - 1
         for layer, (weight, bias) in enumerate(zip(layers.weights, layers.biases, strict=True)):
-            to = self._buffers.take(f"hidden {layer % 2}", h, *h.shape[:2], weight.shape[2])
-            h = torch.bmm(h, weight, out=to).add_(bias)
+            # Fresh memory costs more than the bias and the activation together.
+            to = self._buffers.take(f"hidden {layer % 2}", h, *h.shape[:-1], weight.shape[-1])
+            h = torch.addmm(bias, h, weight, out=to) if h.ndim == 2 else torch.bmm(h, weight, out=to).add_(bias)
             if layer < last:
                 silu(h, inplace=True)
-        return h if h.dtype == torch.float32 else h.float()
+        return h
 
     def _answer(self, out: Float[Tensor, "*e b w"]) -> Answer:
         q = self._targets
@@ -144,15 +140,17 @@ class Snapshot:
 class _Layers:
     """Weights and biases of some members."""
 
-    def __init__(self, weights: list[Float[Tensor, "e _ _"]], biases: list[Float[Tensor, "e 1 _"]]) -> None:
+    def __init__(self, weights: list[Float[Tensor, "*e _ _"]], biases: list[Float[Tensor, "*e 1 _"]]) -> None:
         self.weights, self.biases, self.members = weights, biases, len(weights[0])
-        self.of = lru_cache(maxsize=8)(self._of)
+        self.of = lru_cache(maxsize=64)(self._of)
 
     def _of(self, members: tuple[int, ...]) -> "_Layers":
-        """Return the chosen members: a view where they are neighbours, else a contiguous copy."""
+        """Return the chosen members: a view where they are neighbours, else a contiguous copy; one without its axis."""
         first = members[0]
-        index: Tensor | slice = slice(first, first + len(members))
-        if members != tuple(range(first, first + len(members))):
+        index: Tensor | slice | int = slice(first, first + len(members))
+        if len(members) == 1:
+            index = first
+        elif members != tuple(range(first, first + len(members))):
             index = torch.tensor(members, device=self.weights[0].device)
         return _Layers([weight[index] for weight in self.weights], [bias[index] for bias in self.biases])
 
@@ -211,33 +209,39 @@ class _OneRow:
         return hidden, weights[-1], biases[-1]
 
 
-def _even(rows: int, most: int) -> int:
-    """Return the size of the fewest blocks of at most ``most`` rows, all about equal."""
-    blocks = max(1, -(-rows // most))
-    return max(1, -(-rows // blocks))
+class _Part(NamedTuple):
+    """Sorted rows of one member: those from ``first`` to ``last`` lie in the block that begins at ``window``."""
+
+    window: int
+    first: int
+    last: int
 
 
-def _groups(order: Int[Tensor, " b"], counts: list[int]) -> Iterator[tuple[tuple[int, ...], Int[Tensor, "k c"]]]:
-    """Yield members and the rows they answer, each member's padded with ``len(order)`` to the same number.
+class _Block(NamedTuple):
+    """As many rows of every member named, to go through the networks together."""
 
-    Members of about equal shares go together. Where padding would cost more than calls, every member goes alone.
+    members: tuple[int, ...]
+    parts: list[_Part]
+    rows: int
+
+
+def _blocks(counts: list[int], most: int) -> Iterator[_Block]:
+    """Cut rows that are sorted by member, ``counts`` of each, into blocks of at most ``most`` rows per member.
+
+    Members go together, unless rows computed in vain would then cost more than calls. All blocks of a group are of one
+    size, by reaching into rows that another block answers: few shapes, which bfloat16 products need.
     """
-    if len(order) == 0:
-        return
-    used = [member for member, count in enumerate(counts) if count]
-    parts = [part for part in order.split(counts) if len(part)]
-    padding = len(used) * max(counts) - len(order)
-    if padding <= _ROWS_PER_MEMBER * len(used) + len(order) // 20:
-        yield tuple(used), _padded(parts, len(order))
-    else:
-        for member, part in zip(used, parts, strict=True):
-            yield (member,), _padded([part], len(order))
-
-
-def _padded(parts: list[Int[Tensor, " _"]], filler: int) -> Int[Tensor, "k c"]:
-    longest = max(len(part) for part in parts)
-    size = _even(longest, ROWS)
-    table = parts[0].new_full((len(parts), -(-longest // size) * size), filler)
-    for row, part in zip(table, parts, strict=True):
-        row[: len(part)] = part
-    return table
+    rows = sum(counts)
+    used = [(member, sum(counts[:member]), count) for member, count in enumerate(counts) if count]
+    longest = max(counts)
+    vain = len(used) * longest - rows
+    together = vain <= _ROWS_PER_MEMBER * len(used) + rows // 20
+    for group in [used] if together and used else [[one] for one in used]:
+        longest = max(count for _, _, count in group)
+        size = -(-longest // -(-longest // most))
+        for begin in range(0, longest, size):
+            parts = []
+            for _, start, count in group:
+                first, last = start + min(begin, count), start + min(begin + size, count)
+                parts.append(_Part(max(0, min(first, rows - size)), first, last))
+            yield _Block(tuple(member for member, _, _ in group), parts, size)

@@ -28,7 +28,7 @@ def draw_members(choices: Int[Tensor, " k"], lanes: int, rng: torch.Generator) -
     of one call are therefore not exactly independent (the counts per member do not fluctuate).
     """
     if lanes == 1:
-        return choices[torch.randint(len(choices), (1,), generator=rng, device=choices.device)]
+        return choices.index_select(0, torch.randint(len(choices), (1,), generator=rng, device=choices.device))
     shuffled = torch.randperm(len(choices), generator=rng, device=choices.device)
     order = torch.randperm(lanes, generator=rng, device=choices.device)
     return choices[shuffled[order % len(choices)]]

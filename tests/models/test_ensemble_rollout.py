@@ -12,7 +12,6 @@ import torch
 
 from learneddyn.core import generator
 from learneddyn.models import AbstractDynamics, ProbabilisticEnsemble
-from learneddyn.models.rollout import ROWS
 from learneddyn.spaces import Spaces
 from learneddyn.testing import example_transitions
 
@@ -46,7 +45,7 @@ def assert_same(one, other, **tolerance):
     [{}, HEADS | {"angles": (1,)}, {"scale_targets": True, "absolute": (0,), "learn_termination": True}],
     ids=str,
 )
-@pytest.mark.parametrize("lanes", [1, 2, 5, 257, 3 * ROWS + 5])
+@pytest.mark.parametrize("lanes", [1, 2, 5, 257, 1305, 3500])
 @pytest.mark.parametrize("noise", [True, False])
 def test_rollouts_equal_the_differentiable_path(options, lanes, noise):
     model = fitted(**options)
@@ -66,7 +65,7 @@ def test_rollouts_equal_the_differentiable_path(options, lanes, noise):
         assert_same(fast, slow, atol=2e-6, rtol=2e-5)
 
 
-@pytest.mark.parametrize("lanes", [1, 200, ROWS // 2 + 1])
+@pytest.mark.parametrize("lanes", [1, 150, 1000])
 def test_predictions_equal_the_differentiable_path(lanes):
     model = fitted(**HEADS, angles=(1,))
     obs, action = rows(lanes)
