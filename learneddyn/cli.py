@@ -119,7 +119,7 @@ def collect(
             algorithm=algorithm,
             overwrite=overwrite,
         )
-    episodes = int(data.episode.max()) + 1
+    episodes = len(data.episode.unique())
     console.print(f"{dataset_id}: {len(data)} steps, {episodes} episodes, {float(data.reward.sum()) / episodes:.1f} "
                   "mean return (cut-off episodes included)")  # fmt: skip
 

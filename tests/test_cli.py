@@ -7,6 +7,7 @@ import yaml
 
 from learneddyn import cli
 from learneddyn.cli import main
+from learneddyn.data import collect as collect_steps
 from learneddyn.models import ProbabilisticEnsemble
 
 TINY_MODEL = {"class_path": "ProbabilisticEnsemble", "init_args": {"num_members": 2, "num_elites": 2, "hidden": [8],
@@ -186,3 +187,11 @@ def test_data_of_another_environment_is_refused_and_the_last_world_stays(home, c
     assert stopped.value.code == 1
     assert "the data 'pendulum/random-v0' has the spaces" in capsys.readouterr().err
     assert (home / "world" / "model.json").read_text() == before
+
+
+def test_collect_counts_the_episodes_of_the_rows_it_kept(home, capsys, monkeypatch):
+    data = collect_steps("InvertedPendulum-v5", steps=60, lanes=1, progress=False)
+    late = data[data.episode >= 3]
+    monkeypatch.setattr(cli, "collect_grade", lambda *_, **__: late)
+    main(["collect", "InvertedPendulum-v5", "late-v0", "--grade", "replay"])
+    assert f"{len(late)} steps, {int(data.episode.max()) - 2} episodes" in capsys.readouterr().out
