@@ -228,7 +228,8 @@ def collect_command(dataset_id: str) -> str:
     newest: dict[str, EnvSpec] = {}
     for spec in gym.registry.values():
         name = spec.name.lower()
-        if spec.namespace is None and (name not in newest or (spec.version or 0) > (newest[name].version or 0)):
+        real = spec.namespace is None and spec.name != "LearnedDyn"
+        if real and (name not in newest or (spec.version or 0) > (newest[name].version or 0)):
             newest[name] = spec
     env_id = next((newest[word].id for word in words if word in newest), "ENV_ID")
     known = [grade for grade in GRADES if grade in words]

@@ -326,7 +326,7 @@ class ProbabilisticEnsemble(AbstractDynamics):
         """Train on all rows of ``data``, from the weights at hand or, the first time, from fresh ones.
 
         Args:
-            data: at least two rows. The first fit builds the model on the data's device; later data moves to the model's.
+            data: at least two rows. A first fit builds the model on the data's device; later data moves to the model.
             rng: on this model's device; the same seed and data give the same weights on one machine.
             progress: show a bar with epoch, hold-out error and likelihood.
 

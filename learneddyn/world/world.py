@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from learneddyn.core import ActionFn, Dynamics, Outcome, Penalty, State, Step, Task, Transitions
+from learneddyn.models.base import AbstractDynamics
 from learneddyn.world.sampling import SAMPLERS, Sampler, draw_members
 from learneddyn.world.trust import Trust, all_trusted
 
@@ -31,7 +32,8 @@ class World:
             HALT state pays -kappa at every later step: choose ``-kappa / (1 - gamma)`` for the same value.
 
     Raises:
-        ValueError: the model is not fitted, or neither task nor model answers reward or termination.
+        ValueError: the model is not fitted, neither task nor model answers reward or termination (models that are no
+            AbstractDynamics say so at the first step), or an unknown sampler.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class World:
             raise ValueError(f"{type(dynamics).__name__} has not been fitted: call fit(data) or load a model first")
         if isinstance(sampler, str) and sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}, allowed are {sorted(SAMPLERS)} or a callable")
+        if isinstance(dynamics, AbstractDynamics):
+            _require_heads(dynamics, task)
         if penalty_weight and penalty is None:
             raise ValueError(f"penalty_weight is {penalty_weight} but no penalty is given")
         self.dynamics, self.task, self.spaces = dynamics, task, dynamics.spaces
@@ -202,21 +206,38 @@ class World:
         if self.task.reward is not None:
             return self.task.reward(obs, action, outcome.next_obs)
         if outcome.reward is None:
-            raise ValueError(
-                f"the reward of {self.task.real_id} does not follow from the observation and the model has no reward "
-                "head: fit it with learn_reward=True, or give the task a reward function"
-            )
+            raise _unanswered(self.task, "reward")
         return outcome.reward
 
     def _terminated(self, next_obs: Tensor, outcome: Outcome) -> Tensor:
         if self.task.terminated is not None:
             return self.task.terminated(next_obs)
         if outcome.terminated is None:
-            raise ValueError(
-                f"the terminations of {self.task.real_id} do not follow from the observation and the model has no "
-                "termination head: fit it with learn_termination=True, or give the task a termination function"
-            )
+            raise _unanswered(self.task, "termination")
         return outcome.terminated
+
+
+def _unanswered(task: Task, what: str) -> ValueError:
+    return ValueError(
+        f"the {what} of {task.real_id} does not follow from the observation and the model has no {what} head: fit it "
+        f"with learn_{what}=True, or give the task a {what} function"
+    )
+
+
+@torch.no_grad()
+def _require_heads(model: AbstractDynamics, task: Task) -> None:
+    """Ask the model about one row, so that a world nobody can step is refused when it is built."""
+    if model.spaces is None or (task.reward is not None and task.terminated is not None):
+        return
+    device = model.elites.device
+    row = torch.zeros(1, model.spaces.obs_dim, device=device), torch.zeros(1, model.spaces.action_dim, device=device)
+    prediction = model.predict(*row)
+    for what, known, head in (
+        ("reward", task.reward, prediction.reward_mean),
+        ("termination", task.terminated, prediction.terminated),
+    ):
+        if known is None and head is None:
+            raise _unanswered(task, what)
 
 
 def _all_finite(next_obs: Float[Tensor, "b o"], reward: Float[Tensor, " b"]) -> bool:

@@ -82,7 +82,7 @@ def test_a_saved_replay_comes_back_and_draws_the_same(tmp_path) -> None:
 
 
 def test_unreadable_files_are_named(tmp_path) -> None:
-    with pytest.raises(ReplayFileError, match="missing.safetensors is not a readable replay"):
+    with pytest.raises(ReplayFileError, match=r"missing\.safetensors is not a readable replay"):
         Replay.load(tmp_path / "missing.safetensors")
     replay = Replay(10, 2, 1)
     replay.add(rows(0, 10))

@@ -7,10 +7,11 @@ import torch
 from gymnasium import spaces
 from torch.nn.functional import softplus
 
-from learneddyn.core import DataError, Transitions, generator
+from learneddyn.core import DataError, Task, Transitions, generator
 from learneddyn.models import AbstractDynamics, ModelFileError, ProbabilisticEnsemble
 from learneddyn.models.base import replaced_folder
 from learneddyn.spaces import Spaces
+from learneddyn.world import World
 
 SMALL = {"num_members": 3, "num_elites": 2, "hidden": (16, 16), "weight_decay": 0.0, "max_epochs": 3}
 
@@ -483,3 +484,11 @@ def test_cuda_gives_the_cpu_numbers():
     expected = model.predict(obs, action).mean
     moved = model.to("cuda").predict(obs.cuda(), action.cuda()).mean
     torch.testing.assert_close(moved.cpu(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_world_without_an_answer_is_refused_when_it_is_built():
+    model, _ = fitted()
+    with pytest.raises(ValueError, match=r"reward of HalfCheetah-v5 does not follow .* learn_reward=True"):
+        World(model, Task("HalfCheetah-v5", terminated=lambda obs: obs[:, 0] > 9))
+    with pytest.raises(ValueError, match=r"termination of X-v0 does not follow .* learn_termination=True"):
+        World(model, Task("X-v0", reward=lambda obs, action, next_obs: next_obs[:, 0]))
