@@ -1,9 +1,12 @@
 """From run folders to the report: the final agents judged once more, on episodes that decided nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from csv import DictReader
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from learneddyn import tasks
 from learneddyn.core import Json, Transitions, generator
@@ -35,6 +38,18 @@ _CLOUDS = (1, 2, 5, 10, 20)
 _RANDOM_STEPS = 2000
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep PyTorch to one thread: policies are asked for a few rows at a time, and other threads would only wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def report_runs(
     folder: Path,
     config: RoundsConfig,
