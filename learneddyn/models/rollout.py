@@ -21,7 +21,8 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 from torch.nn.functional import silu
 
-_BYTES = 2048  # of one hidden column of one member in a block: layers of the usual width then fit a core's cache
+_BYTES = 1680  # of one hidden column of one member in a block: layers of the usual width then fit a core's cache
+_ALONE = 256  # rows of one member from which float32 products of its own are faster than those of all members at once
 _ROWS_PER_MEMBER = 10  # the calls of one more batched product cost about as much as this many rows
 
 
@@ -90,7 +91,9 @@ class Snapshot:
         counts = torch.bincount(member, minlength=self._full.members).tolist()
         rows = x.index_select(0, order).sub_(self._input_mean).mul_(self._input_gain).to(self._fast.weights[0].dtype)
         out = self._buffers.take("out", x, len(x), self._width)
-        for block in _blocks(counts, _BYTES // rows.itemsize):
+        # In bfloat16 every product first reorders its weights, so that fewer products pay.
+        alone = _ALONE if rows.dtype == torch.float32 else len(x) + 1
+        for block in _blocks(counts, _BYTES // rows.itemsize, alone):
             parts = [rows[part.window : part.window + block.rows] for part in block.parts]
             h = parts[0] if len(parts) == 1 else torch.stack(parts)
             answers = self._through(self._fast.of(block.members), h).view(len(parts), block.rows, -1)
@@ -107,13 +110,16 @@ class Snapshot:
         shape = (self._full.members, len(x), self._targets)
         mean, std = x.new_empty(shape), x.new_empty(shape)
         ended = x.new_empty(shape[:2]) if self._ends else None
-        size = _BYTES // (2 * x.itemsize)
-        for start in range(0, len(x), size):
-            rows = slice(start, start + size)
-            part = self._answer(self._through(self._full, features[rows].expand(len(mean), -1, -1)))
-            mean[:, rows], std[:, rows] = part.mean, part.std
-            if ended is not None and part.ended is not None:
-                ended[:, rows] = part.ended
+        size, everyone = _BYTES // x.itemsize, tuple(range(len(mean)))
+        for members in [(member,) for member in everyone] if len(x) >= _ALONE else [everyone]:
+            layers, chosen = self._full.of(members), slice(members[0], members[-1] + 1)
+            for start in range(0, len(x), size):
+                rows = slice(start, start + size)
+                h = features[rows] if len(members) == 1 else features[rows].expand(len(members), -1, -1)
+                part = self._answer(self._through(layers, h))
+                mean[chosen, rows], std[chosen, rows] = part.mean, part.std
+                if ended is not None and part.ended is not None:
+                    ended[chosen, rows] = part.ended
         return Answer(mean, std, ended)
 
     @property
@@ -225,17 +231,18 @@ class _Block(NamedTuple):
     rows: int
 
 
-def _blocks(counts: list[int], most: int) -> Iterator[_Block]:
+def _blocks(counts: list[int], most: int, alone: int) -> Iterator[_Block]:
     """Cut rows that are sorted by member, ``counts`` of each, into blocks of at most ``most`` rows per member.
 
-    Members go together, unless rows computed in vain would then cost more than calls. All blocks of a group are of one
-    size, by reaching into rows that another block answers: few shapes, which bfloat16 products need.
+    Members go together, unless one has ``alone`` rows or rows computed in vain would cost more than calls. All blocks
+    of a group are of one size, by reaching into rows that another block answers: few shapes, which bfloat16 products
+    need.
     """
     rows = sum(counts)
     used = [(member, sum(counts[:member]), count) for member, count in enumerate(counts) if count]
     longest = max(counts)
     vain = len(used) * longest - rows
-    together = vain <= _ROWS_PER_MEMBER * len(used) + rows // 20
+    together = longest < alone and vain <= _ROWS_PER_MEMBER * len(used) + rows // 20
     for group in [used] if together and used else [[one] for one in used]:
         longest = max(count for _, _, count in group)
         size = -(-longest // -(-longest // most))
