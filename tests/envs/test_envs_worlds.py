@@ -314,7 +314,6 @@ def test_minari_recovers_the_environment_a_data_set_was_collected_in(
     np.testing.assert_array_equal(env.reset(seed=seed)[0], dataset[0].observations[0])
 
 
-@pytest.mark.skipif("inverted-pendulum" not in world_names(), reason="the default world is not in this checkout")
 def test_the_default_world_opens_without_arguments():
     env = gym.make("learneddyn:LearnedDyn-v0")
     assert env.observation_space == gym.make("InvertedPendulum-v5").observation_space
