@@ -10,7 +10,8 @@ network per lane (for all members: of all; for training: three times), so everyt
 share. The naive reference has a table of its own, because its large allocations make those of all others cheaper.
 
 mbrl-lib runs if it can be imported, for instance after
-``pip install --target DIR --no-deps mbrl==0.2.0 hydra-core omegaconf antlr4-python3-runtime==4.9.3 termcolor`` with DIR on
+``pip install --target DIR --no-deps mbrl==0.2.0 hydra-core omegaconf antlr4-python3-runtime==4.9.3 termcolor``
+with DIR on
 PYTHONPATH. It wants lanes in multiples of the elites: it gets the next smaller one, and rates count its own lanes.
 """
 
