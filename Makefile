@@ -2,12 +2,13 @@
 # make test    lint, types, import floors, tests
 # make world   train the default world that ships in the wheel again
 # make bench   measure speed on this machine
+# make reproduce   run every experiment (hours), refresh docs/reproduce.md; goes on where it was stopped
 PYTHON ?= python3
 VENV ?= .venv
 TASK ?= inverted-pendulum
 BIN := $(VENV)/bin
 
-.PHONY: demo test world bench clean
+.PHONY: demo test world bench reproduce clean
 
 demo: $(VENV)/.base
 	$(BIN)/learneddyn demo --task $(TASK) --resume true
@@ -29,6 +30,9 @@ bench: $(VENV)/.base
 	$(BIN)/python benchmarks/env_steps.py
 	$(BIN)/python benchmarks/collect.py
 
+reproduce: $(VENV)/.reproduce
+	$(BIN)/learneddyn reproduce all --docs docs --resume true
+
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
@@ -36,6 +40,10 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.base
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/.reproduce: $(VENV)/.base
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[reproduce]'
 	touch $@
 
 clean:

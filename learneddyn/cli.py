@@ -1,4 +1,4 @@
-"""The command line: collect, fit, train, evaluate, render, demo, list. The only reader of configuration files.
+"""The command line: collect, fit, train, evaluate, render, demo, reproduce, list. Only it reads configuration files.
 
 Every command takes ``--config FILE`` or ``--config NAME`` (a preset that ships, see ``learneddyn list``) and overrides
 on top of it; ``--print_config`` shows what it would run with. Unknown keys are errors.
@@ -17,6 +17,7 @@ import jsonargparse
 from rich.console import Console
 from rich.table import Table
 
+from learneddyn import reproduce as experiments
 from learneddyn import tasks
 from learneddyn.core import Transitions, generator
 from learneddyn.data import collect as collect_steps
@@ -37,6 +38,7 @@ from learneddyn.runs import (
     run_rounds,
     train_in_world,
 )
+from learneddyn.runs.claims import publish, run_claim, told, verdict
 from learneddyn.runs.report import report_runs
 
 console = Console(width=None if sys.stdout.isatty() else 120)
@@ -429,8 +431,41 @@ def demo(
     main(arguments)
 
 
+def reproduce(
+    name: str,
+    seeds: list[int] | None = None,
+    out: str = "runs/reproduce",
+    docs: str | None = None,
+    workers: int | None = None,
+    resume: bool = False,
+) -> None:
+    """Measure the central claims of papers in small experiments: ``learneddyn reproduce icem``, or ``all``.
+
+    Args:
+        name: of an experiment, see ``learneddyn list``; ``all`` means every one.
+        seeds: by default those of each experiment.
+        out: folder; every experiment writes result.json and result.png into its own folder there.
+        docs: folder of the documentation whose reproduce.md and reproduce/ are refreshed from ``out``.
+        workers: processes at once, by default one per core.
+        resume: keep the seeds that ``out`` holds already.
+    """
+    for chosen in experiments.names() if name == "all" else [name]:
+        claim = experiments.get(chosen)
+        findings = run_claim(claim, out, seeds=seeds, workers=workers, resume=resume)
+        table = Table(title=f"{chosen}: {verdict(findings)}", caption=f"{claim.paper}. {claim.claim}")
+        for column in ("finding", "measured", "wanted", ""):
+            table.add_column(column)
+        for entry in findings:
+            sign = {True: "holds", False: "fails", None: "reported"}[entry.holds]
+            table.add_row(entry.what, told(entry.measured), entry.wanted, sign)
+        console.print(table)
+        console.print(str(Path(out) / chosen / "result.png"), soft_wrap=True)
+    if docs is not None:
+        console.print(str(publish(out, docs)), soft_wrap=True)
+
+
 def list_all() -> None:
-    """Show tasks, worlds, presets, algorithms, and the data sets on this machine."""
+    """Show tasks, worlds, presets, algorithms, experiments, and the data sets on this machine."""
     import minari
 
     presets = sorted(f"{path.parent.name}/{path.stem}" for path in _PRESETS.glob("*/*.yaml"))
@@ -440,6 +475,7 @@ def list_all() -> None:
         ("worlds", world_names()),
         ("presets", presets),
         ("algorithms", sorted(algorithms())),
+        ("experiments", experiments.names()),
         ("data sets here", sorted(minari.list_local_datasets())),
     ):
         table.add_row(f"[bold]{name}", "\n".join(entries) or "none")
@@ -453,6 +489,7 @@ COMMANDS: dict[str, Any] = {
     "evaluate": evaluate,
     "render": render,
     "demo": demo,
+    "reproduce": reproduce,
     "list": list_all,
 }
 
