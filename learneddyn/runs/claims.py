@@ -165,9 +165,10 @@ def _measured(measure: Measure, folder: Path, seed: int, notify: Notify) -> Json
     home = folder / f"seed-{seed}"
     done = home / "figures.json"
     if not done.exists():
-        begun = time.perf_counter()
+        begun, busy = time.perf_counter(), time.process_time()
         figures = measure(seed, home, notify)
-        entry = {"figures": figures, "seconds": round(time.perf_counter() - begun, 1)}
+        seconds = {"wall": round(time.perf_counter() - begun, 1), "cpu": round(time.process_time() - busy, 1)}
+        entry = {"figures": figures, "seconds": seconds}
         replace_file(done, json.dumps(entry, allow_nan=False).encode())
     return json.loads(done.read_text())
 
@@ -190,7 +191,7 @@ def _page(results: list[dict[str, Any]]) -> str:
             sign = {True: "holds", False: "**fails**", None: "reported"}[finding.holds]
             lines.append(f"| {name} | {finding.what} | {told(finding.measured)} | {finding.wanted} | {sign} |")
     for result in results:
-        seconds = ", ".join(f"{value:.0f}" for value in result["seconds"].values())
+        seconds = ", ".join(f"{value['cpu']:.0f}" for value in result["seconds"].values())
         lines += [
             "",
             f"## {result['name']}",
@@ -199,7 +200,7 @@ def _page(results: list[dict[str, Any]]) -> str:
             "",
             f"**Claim.** {result['claim']}",
             "",
-            f"**Here.** {result['setting']} Seconds per seed: {seconds}.",
+            f"**Here.** {result['setting']} CPU seconds per seed: {seconds}.",
             *(["", f"**Notes.** {result['notes']}"] if result["notes"] else []),
             "",
             f"![{result['name']}](reproduce/{result['name']}.png)",
