@@ -25,7 +25,8 @@ class RunFolder:
     Args:
         path: of the folder; made if missing.
         config: plain JSON settings that define the run, the seeds among them.
-        resume: go on with what is there. False refuses a folder that holds a run.
+        resume: go on with what is there. False refuses a folder that holds a run; one that failed before it wrote
+            anything counts as none.
 
     Raises:
         RunExists: there is a run and ``resume`` is False, or the run there has other settings.
@@ -34,7 +35,7 @@ class RunFolder:
     def __init__(self, path: str | Path, config: Json, *, resume: bool = False) -> None:
         self.path = Path(path)
         settings = json.loads(json.dumps(config))
-        if (self.path / "config.json").exists():
+        if (self.path / "config.json").exists() and self._holds_work():
             before = self.read("config.json")["config"]
             if not resume:
                 raise RunExists(f"{self.path} holds a run: pass --resume to go on with it, or another --out")
@@ -44,10 +45,15 @@ class RunFolder:
                 raise RunExists(
                     f"{self.path} was run with other settings ({told}): resume with the same, or another --out"
                 )
-        elif self.path.exists() and any(entry.name != ".config.json.new" for entry in self.path.iterdir()):
+        elif self._holds_work():
             raise RunExists(f"{self.path} exists and holds no run: name an empty or new folder with --out")
         self.path.mkdir(parents=True, exist_ok=True)
         self.write("config.json", {"config": settings, "versions": versions()})
+
+    def _holds_work(self) -> bool:
+        """Tell whether anything but the settings was written: a run that failed before that may begin anew."""
+        settings = {"config.json", ".config.json.new"}
+        return any(entry.is_file() and entry.name not in settings for entry in self.path.rglob("*"))
 
     def child(self, name: str) -> Path:
         """Return a folder inside, made if missing."""

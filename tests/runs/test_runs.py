@@ -48,10 +48,15 @@ def tiny_data(steps=120, seed=0):
 
 
 def test_a_folder_with_a_run_is_not_touched_without_resume(tmp_path):
-    RunFolder(tmp_path / "run", {"seed": 0})
+    RunFolder(tmp_path / "run", {"seed": 0}).write("rounds.json", [])
     with pytest.raises(RunExists, match="--resume"):
         RunFolder(tmp_path / "run", {"seed": 0})
     RunFolder(tmp_path / "run", {"seed": 0}, resume=True)
+
+
+def test_a_run_that_failed_before_it_wrote_anything_may_begin_anew_with_other_settings(tmp_path):
+    RunFolder(tmp_path / "run", {"dataset": "mistyped"}).child("seed-0")
+    assert RunFolder(tmp_path / "run", {"dataset": "right"}).read("config.json")["config"] == {"dataset": "right"}
 
 
 def test_a_folder_whose_first_write_was_killed_is_as_good_as_new(tmp_path):
@@ -61,7 +66,7 @@ def test_a_folder_whose_first_write_was_killed_is_as_good_as_new(tmp_path):
 
 
 def test_resume_needs_the_same_settings_and_names_the_difference(tmp_path):
-    RunFolder(tmp_path / "run", {"seed": 0, "lanes": 8})
+    RunFolder(tmp_path / "run", {"seed": 0, "lanes": 8}).write("rounds.json", [])
     with pytest.raises(RunExists, match="seed: 0 -> 1"):
         RunFolder(tmp_path / "run", {"seed": 1, "lanes": 8}, resume=True)
 
