@@ -322,13 +322,22 @@ class ProbabilisticEnsemble(AbstractDynamics):
                 x = silu(x)
         return x
 
-    def fit(self, data: Transitions, *, rng: torch.Generator, progress: bool = False) -> FitReport:
+    def fit(
+        self,
+        data: Transitions,
+        *,
+        rng: torch.Generator,
+        progress: bool = False,
+        weights: Float[Tensor, " n"] | None = None,
+    ) -> FitReport:
         """Train on all rows of ``data``, from the weights at hand or, the first time, from fresh ones.
 
         Args:
             data: at least two rows. A first fit builds the model on the data's device; later data moves to the model.
             rng: on this model's device; the same seed and data give the same weights on one machine.
             progress: show a bar with epoch, hold-out error and likelihood.
+            weights: positive factors of the rows' losses, see `learneddyn.models.weighting`; only their ratios count.
+                They also weigh what early stopping and elites watch, never the reported errors.
 
         Returns:
             Epochs, seconds, per-epoch history, and of the elites: ``holdout_mse`` (in the units of the targets, scaled
@@ -336,11 +345,13 @@ class ProbabilisticEnsemble(AbstractDynamics):
 
         Raises:
             DataError: too few rows, NaN or infinite rows, or only constant columns.
-            ValueError: the data has other spaces than the model.
+            ValueError: the data has other spaces than the model, or weights that are not one positive number per row.
             FloatingPointError: the loss became NaN; the weights before this fit are restored.
         """
         started = time.perf_counter()
         data.check()
+        if weights is not None and (len(weights) != len(data) or not bool((weights.isfinite() & (weights > 0)).all())):
+            raise ValueError(f"weights must be {len(data)} positive finite numbers, one per row, got {weights}")
         if len(data) < 2:
             raise DataError(f"fit needs at least 2 transitions (one to train on, one to hold out), got {len(data)}")
         fresh = self.spaces is None
@@ -350,10 +361,14 @@ class ProbabilisticEnsemble(AbstractDynamics):
         data = data.to(self.max_logvar.device)
         shuffled = torch.randperm(len(data), generator=rng, device=data.device)
         held = max(1, min(int(self.holdout_ratio * len(data)), self.holdout_max))
+        weights = None if weights is None else weights.to(data.device)
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         try:
             self._standardise(data[shuffled[held:]])
-            train, test = self._pack(data[shuffled[held:]]), self._pack(data[shuffled[:held]])
+            train, test = (
+                self._pack(data[rows], None if weights is None else weights[rows])
+                for rows in (shuffled[held:], shuffled[:held])
+            )
             history = self._train(train, test, rng, progress)
         except (DataError, FloatingPointError):
             self.load_state_dict(before)
@@ -388,11 +403,16 @@ class ProbabilisticEnsemble(AbstractDynamics):
         self.target_mean.copy_(torch.where(unscaled, 0.0, mean))
         self.target_std.copy_(torch.where(unscaled, 1.0, std))
 
-    def _pack(self, data: Transitions) -> Float[Tensor, "n w"]:
-        """Return [standardised inputs | scaled targets | terminated], so that a batch is one gather."""
+    def _pack(self, data: Transitions, weights: Float[Tensor, " n"] | None = None) -> Float[Tensor, "n w"]:
+        """Return [standardised inputs | scaled targets | terminated | weight, if any], so that a batch is one gather.
+
+        The weights of these rows are scaled to mean 1.
+        """
         targets = (self._targets(data) - self.target_mean.float()) / self.target_std.float()
-        ended = data.terminated.float()[:, None]
-        return torch.cat([self._standardised(data.obs, data.action), targets, ended], dim=1)
+        columns = [self._standardised(data.obs, data.action), targets, data.terminated.float()[:, None]]
+        if weights is not None:
+            columns.append((weights / weights.mean()).float()[:, None])
+        return torch.cat(columns, dim=1)
 
     def _train(self, train: Tensor, test: Tensor, rng: torch.Generator, progress: bool) -> list[dict[str, float]]:
         optimizer = self._optimizer()
@@ -421,7 +441,7 @@ class ProbabilisticEnsemble(AbstractDynamics):
                 for batch in index.split(self.batch_size, dim=1):
                     picked = train.index_select(0, batch.flatten()).view(*batch.shape, -1)
                     x, target, ended = self._unpack(picked)
-                    value = step(x, target, ended if self.learn_termination else None)
+                    value = step(x, target, ended if self.learn_termination else None, self._weight(picked))
                     optimizer.step()
                     loss += value * (batch.shape[1] / rows)
                 with torch.no_grad():
@@ -466,11 +486,12 @@ class ProbabilisticEnsemble(AbstractDynamics):
         x, target, ended = self._unpack(batch)
         heads = self._networks(x)
         inverse = (-heads.logvar).exp()
-        nll = ((heads.mean - target).square() * inverse + heads.logvar) * self.learned
-        loss = nll.sum(dim=2).mean(dim=1).sum() / self.learned.sum()
+        nll = (((heads.mean - target).square() * inverse + heads.logvar) * self.learned).sum(dim=2)
+        weight = self._weight(batch)
+        loss = (nll if weight is None else nll * weight).mean(dim=1).sum() / self.learned.sum()
         loss = loss + TIGHTNESS * ((self.max_logvar - self.min_logvar) * self.learned).sum()
         if heads.ended is not None:
-            entropy = binary_cross_entropy_with_logits(heads.ended, ended, reduction="none")
+            entropy = binary_cross_entropy_with_logits(heads.ended, ended, weight=weight, reduction="none")
             loss = loss + entropy.mean(dim=1).sum()
         return loss
 
@@ -481,14 +502,21 @@ class ProbabilisticEnsemble(AbstractDynamics):
         square = (heads.mean - target).square()
         nll = 0.5 * (square * (-heads.logvar).exp() + heads.logvar + math.log(2 * math.pi))
         mse, nll = (value[..., self.learned].mean(dim=(1, 2)) for value in (square, nll))
+        weight = self._weight(test)
+        watched = mse if weight is None else (square[..., self.learned].mean(dim=2) * weight).mean(dim=1)
         if heads.ended is None:
-            return _Score(mse, nll, mse)
-        entropy = binary_cross_entropy_with_logits(heads.ended, ended, reduction="none").mean(dim=1)
-        return _Score(mse, nll, mse * entropy.clamp_min(_ENTROPY_FLOOR))
+            return _Score(mse, nll, watched)
+        weight = None if weight is None else weight.expand_as(ended)
+        entropy = binary_cross_entropy_with_logits(heads.ended, ended, weight=weight, reduction="none").mean(dim=1)
+        return _Score(mse, nll, watched * entropy.clamp_min(_ENTROPY_FLOOR))
 
     def _unpack(self, batch: Float[Tensor, "e b w"]) -> tuple[Tensor, Tensor, Tensor]:
         i, q = len(self.input_mean), len(self.max_logvar)
-        return batch[..., :i], batch[..., i : i + q], batch[..., -1]
+        return batch[..., :i], batch[..., i : i + q], batch[..., i + q]
+
+    def _weight(self, batch: Float[Tensor, "*e b w"]) -> Float[Tensor, "*e b"] | None:
+        last = len(self.input_mean) + len(self.max_logvar) + 1
+        return batch[..., last] if batch.shape[-1] > last else None
 
     def _frozen_for(self, obs: Tensor, action: Tensor) -> _Frozen | None:
         """Return a copy of the networks as they are now, or None where a gradient may be asked or a graph traced."""

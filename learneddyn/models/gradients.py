@@ -52,7 +52,11 @@ class Gradients:
 
     @torch.no_grad()
     def __call__(
-        self, x: Float[Tensor, "e b i"], target: Float[Tensor, "e b q"], ended: Float[Tensor, "e b"] | None
+        self,
+        x: Float[Tensor, "e b i"],
+        target: Float[Tensor, "e b q"],
+        ended: Float[Tensor, "e b"] | None,
+        weight: Float[Tensor, "e b"] | None = None,
     ) -> Float[Tensor, ""]:
         """Return the loss of this batch.
 
@@ -60,12 +64,13 @@ class Gradients:
             x: standardised inputs.
             target: scaled targets.
             ended: 1 where the step terminated, or None without a termination head.
+            weight: factor of every row's loss, of mean 1 over the data; None is 1.
         """
         if self._slopes:
-            for work, weight in zip(self._work, self._weights, strict=True):
-                work.copy_(weight)
+            for work, full in zip(self._work, self._weights, strict=True):
+                work.copy_(full)
         inputs, before = self._forward(x.to(self._dtype))
-        loss, slope = self._heads(before.pop(), target, ended)
+        loss, slope = self._heads(before.pop(), target, ended, weight)
         self._backward(inputs, before, slope)
         return loss
 
@@ -79,11 +84,11 @@ class Gradients:
                 inputs.append(torch.ops.aten.silu.out(z, out=self._buffer("h", layer, x, weight.shape[2])))
         return inputs, before
 
-    def _heads(self, out: Tensor, target: Tensor, ended: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _heads(self, out: Tensor, target: Tensor, ended: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the loss and its gradient by the networks' outputs; write those of the variance bounds."""
         q, rows = target.shape[2], target.shape[1]
         out = out.float()
-        share = self._share / rows
+        share = self._share / rows if weight is None else self._share * (weight[..., None] / rows)
         gate = (out[..., q : 2 * q] - self._max).sigmoid_()
         loose = gate * self._max.exp()
         precision = (loose + self._min.exp()).reciprocal_()
@@ -102,9 +107,11 @@ class Gradients:
         torch.sub((by_logvar - by_loose).sum(dim=(0, 1)), tightness, out=self._by_min)
         if ended is not None:
             logit = out[..., -1]
-            entropy = nn.functional.binary_cross_entropy_with_logits(logit, ended, reduction="sum")
+            entropy = nn.functional.binary_cross_entropy_with_logits(logit, ended, weight=weight, reduction="sum")
             loss = loss + entropy / rows
-            torch.sub(logit.sigmoid(), ended, out=slope[..., -1]).div_(rows)
+            by_logit = torch.sub(logit.sigmoid(), ended, out=slope[..., -1]).div_(rows)
+            if weight is not None:
+                by_logit.mul_(weight)
         return loss, slope
 
     def _backward(self, inputs: list[Tensor], before: list[Tensor], slope: Tensor) -> None:
