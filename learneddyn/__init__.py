@@ -20,3 +20,10 @@ if "LearnedDyn-v0" not in registry:
         entry_point="learneddyn.envs.learned:make_env",
         vector_entry_point="learneddyn.envs.vector:make_vector_env",
     )
+
+if "learneddyn/CartPoleSwingUp-v0" not in registry:
+    register(
+        id="learneddyn/CartPoleSwingUp-v0",
+        entry_point="learneddyn.plants.cartpole_swingup:CartPoleSwingUp",
+        max_episode_steps=200,
+    )

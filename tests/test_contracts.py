@@ -24,7 +24,7 @@ MODELS = [
 QUICK = {"max_epochs": 2, "num_members": 3, "num_elites": 2}
 """Arguments that keep a fit short, for the models that take them."""
 HEADS = {"learn_reward": True, "learn_termination": True}
-ENVS = [spec.id for spec in gym.registry.values() if str(spec.entry_point).startswith("learneddyn.")]
+ENVS = [spec.id for spec in gym.registry.values() if str(spec.entry_point).startswith("learneddyn.envs.")]
 
 
 def taken(model, arguments):

@@ -21,6 +21,7 @@ _BUILT_IN = {
     "Reacher-v5": "reacher",
     "Swimmer-v5": "swimmer",
     "Walker2d-v5": "walker2d",
+    "learneddyn/CartPoleSwingUp-v0": "cartpole_swingup",
 }
 _registered: dict[str, Task] = {}
 

@@ -16,8 +16,8 @@ def _own_registry(monkeypatch):
     monkeypatch.setattr(registry, "_registered", {})
 
 
-def test_names_are_the_fourteen_environments_and_exist_in_gymnasium():
-    assert len(tasks.names()) == 14
+def test_names_are_the_fifteen_environments_and_exist_in_gymnasium():
+    assert len(tasks.names()) == 15
     assert tasks.names() == sorted(tasks.names())
     for name in tasks.names():
         assert tasks.get(name).max_episode_steps == gym.spec(name).max_episode_steps
@@ -69,6 +69,7 @@ def test_angles_are_unbounded_angle_columns():
     assert {name: tasks.get(name).angles for name in tasks.names() if tasks.get(name).angles} == {
         "HalfCheetah-v5": (1,),
         "Swimmer-v5": (0,),
+        "learneddyn/CartPoleSwingUp-v0": (1,),
     }
 
 

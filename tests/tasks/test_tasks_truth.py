@@ -24,6 +24,7 @@ NEVER_TERMINATE = {
     "Pusher-v5",
     "Reacher-v5",
     "Swimmer-v5",
+    "learneddyn/CartPoleSwingUp-v0",
 }
 
 
