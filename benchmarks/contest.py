@@ -23,7 +23,7 @@ CEILING = "matrix products"
 
 
 class Contestant(NamedTuple):
-    """One way of doing something. ``peer``: others are compared with it where ``case`` is the same."""
+    """One way of doing something. ``peer``: the others of its case are compared with it, or all if its case is ""."""
 
     name: str
     case: str
@@ -81,7 +81,7 @@ class Turns(NamedTuple):
         if any(one.flop for one in field):
             field = [*products(self.device), *field]
         times: list[list[float]] = [[] for _ in field]
-        calls = [max(1, round(self.seconds / self._timed(one.call, 2))) for one in field]
+        calls = [max(1, round(self.seconds / self._timed(one.call, 1))) for one in field]
         for turn in range(self.rounds + 1):
             for index, one in enumerate(field):
                 each = self._timed(one.call, calls[index])
@@ -148,7 +148,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
         if peak:
             cells.append(f"{row.rate * row.flop / peak:.0%}" if row.flop else "")
         for name in peers:
-            other = next((one for one in shown if (one.name, one.case) == (name, row.case)), None)
+            other = next((one for one in shown if one.name == name and one.case in ("", row.case)), None)
             same = other is None or other.name == row.name or not other.seconds
             cells.append("" if same else f"{statistics.median(row.times_faster_than(other)):.2f}")
         text.append("| " + " | ".join(cells) + " |")
