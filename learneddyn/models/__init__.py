@@ -2,5 +2,6 @@
 
 from learneddyn.models.base import AbstractDynamics, FitReport, ModelFileError
 from learneddyn.models.ensemble import ProbabilisticEnsemble
+from learneddyn.models.koopman import Koopman
 
-__all__ = ["AbstractDynamics", "FitReport", "ModelFileError", "ProbabilisticEnsemble"]
+__all__ = ["AbstractDynamics", "FitReport", "Koopman", "ModelFileError", "ProbabilisticEnsemble"]

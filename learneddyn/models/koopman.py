@@ -1,0 +1,320 @@
+"""Koopman: linear or bilinear dynamics of a lifted observation, fitted by least squares (EDMD with control).
+
+Source: Williams, Kevrekidis, Rowley, "A Data-Driven Approximation of the Koopman Operator: Extending Dynamic Mode
+Decomposition" (2015); inputs as in Korda, Mezic, "Linear predictors for nonlinear dynamical systems: Koopman operator
+meets model predictive control" (2018), bilinear inputs as in Peitz, Otto, Rowley, "Data-Driven Model Predictive Control
+using Interpolated Koopman Generators" (2020). Spectra with certificates are in `learneddyn.evaluation.koopman`.
+"""
+
+from collections.abc import Sequence
+from itertools import chain, combinations_with_replacement
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from learneddyn.core import DataError, Transitions
+from learneddyn.models.regression import AbstractRegression, Answer
+from learneddyn.spaces import Spaces
+
+LIFTS = ("linear", "polynomial", "rbf", "learned")
+_RIDGE = 1e-6
+"""Keeps the least squares inside the training of a learned lift of full rank, relative to its rows' norm."""
+
+
+class Koopman(AbstractRegression):
+    """Lift the observation by a dictionary psi, advance it by one matrix, read the observation back.
+
+    The dictionary holds 1, the observation itself (standardised; ``angles`` as cosine and sine), and what ``lift``
+    adds: monomials up to ``degree``, ``centres`` radial functions exp(-|x - c| / d) around data rows picked apart from
+    each other (d: mean distance of the data to its centroid), or an MLP trained together with the matrix. Inputs enter
+    as ``psi' = psi K + u B`` ("linear") or ``psi' = psi (K_0 + sum_i u_i K_i)`` ("bilinear").
+
+    With ``relift`` every step reads the observation back and lifts it anew, which forgets what the dictionary cannot
+    represent and keeps free runs on the data's manifold. Without, the lifted vector itself goes on (it travels as the
+    State's memory): then the model is linear over the whole horizon, as linear MPC needs it.
+
+    Args:
+        lift: "linear" (nothing more: DMD), "polynomial", "rbf" or "learned".
+        degree: of the monomials.
+        centres: number of radial functions, or of outputs of the MLP.
+        control: "linear" or "bilinear".
+        relift: lift anew at every step.
+        delays: observations in the lifted vector, the current one and those before it (Hankel DMD); the first step of
+            an episode repeats its observation.
+        angles: observation columns in radians.
+        unit_pairs: pairs of observation columns (cosine, sine) that are brought back to the unit circle.
+        rcond: singular values below this share of the largest count as zero.
+        hidden: width of the MLP's two hidden layers.
+        epochs: of training a learned lift.
+        learning_rate: of Adam for a learned lift.
+        learn_reward: read the reward from the lifted vector and the input.
+        holdout_ratio: share of the rows that measure the noise.
+
+    Raises:
+        ValueError: an argument outside its range (names it, the value, what is allowed).
+    """
+
+    num_members = 1
+
+    def __init__(
+        self,
+        lift: str = "polynomial",
+        degree: int = 3,
+        centres: int = 100,
+        control: str = "bilinear",
+        relift: bool = True,
+        delays: int = 1,
+        angles: Sequence[int] = (),
+        unit_pairs: Sequence[Sequence[int]] = (),
+        rcond: float = 1e-9,
+        hidden: int = 64,
+        epochs: int = 30,
+        learning_rate: float = 1e-3,
+        learn_reward: bool = False,
+        holdout_ratio: float = 0.2,
+    ) -> None:
+        super().__init__()
+        for name, ok, value, allowed in (
+            ("lift", lift in LIFTS, lift, f"one of {LIFTS}"),
+            ("degree", degree >= 1, degree, "at least 1"),
+            ("centres", centres >= 1, centres, "at least 1"),
+            ("control", control in ("linear", "bilinear"), control, "'linear' or 'bilinear'"),
+            ("delays", delays >= 1, delays, "at least 1"),
+            ("delays", relift or delays == 1, delays, "1 where relift is False: the lifted vector is the memory"),
+            ("unit_pairs", all(len(pair) == 2 for pair in unit_pairs), unit_pairs, "pairs of columns"),
+            ("holdout_ratio", 0 < holdout_ratio < 1, holdout_ratio, "between 0 and 1"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        self.lift, self.degree, self.centres, self.control = lift, degree, centres, control
+        self.relift, self.delays, self.rcond = relift, delays, rcond
+        self.angles, self.unit_pairs = list(angles), [list(pair) for pair in unit_pairs]
+        self.hidden, self.epochs, self.learning_rate = hidden, epochs, learning_rate
+        self.learn_reward, self.holdout_ratio = learn_reward, holdout_ratio
+
+    def _build_members(self, spaces: Spaces) -> None:
+        o, a = spaces.obs_dim, spaces.action_dim
+        if any(not 0 <= column < o for column in [*self.angles, *chain(*self.unit_pairs)]):
+            raise ValueError(f"angles and unit_pairs must name observation columns 0 to {o - 1}")
+        self._plain = [column for column in range(o) if column not in self.angles]
+        d = (o + len(self.angles)) * self.delays
+        powers = [
+            [chosen.count(column) for column in range(d)]
+            for total in range(2, self.degree + 1 if self.lift == "polynomial" else 2)
+            for chosen in combinations_with_replacement(range(d), total)
+        ]
+        self.register_buffer("powers", torch.tensor(powers).view(-1, d), persistent=False)
+        extra = len(powers) + (self.centres if self.lift in ("rbf", "learned") else 0)
+        n = 1 + d + extra
+        rows = n * (1 + a) if self.control == "bilinear" else n + a
+        self.register_buffer("shift", torch.zeros(d // self.delays))
+        self.register_buffer("scale", torch.ones(d // self.delays))
+        self.register_buffer("action_scale", torch.ones(a))
+        self.register_buffer("advance", torch.zeros(rows, n))
+        self.register_buffer("reward_readout", torch.zeros(rows, 1))
+        if self.lift == "rbf":
+            self.register_buffer("centre", torch.zeros(self.centres, d))
+            self.register_buffer("width", torch.ones(()))
+        if self.lift == "learned":
+            self.features = nn.Sequential(
+                nn.Linear(d, self.hidden), nn.Tanh(), nn.Linear(self.hidden, self.hidden), nn.Tanh(),
+                nn.Linear(self.hidden, self.centres),
+            )  # fmt: skip
+            self.register_buffer("feature_shift", torch.zeros(self.centres))
+            self.register_buffer("feature_scale", torch.ones(self.centres))
+
+    def coordinates(self, obs: Float[Tensor, "b o"]) -> Float[Tensor, "b d"]:
+        """Return standardised observations, angles as cosine and sine behind the other columns."""
+        return (self._encoded(obs) - self.shift) / self.scale
+
+    def lifted(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
+        """Return the dictionary at (delayed) coordinates: 1, the coordinates, then what the lift adds."""
+        parts = [torch.ones_like(x[:, :1]), x]
+        if self.lift == "polynomial" and len(self.powers):
+            parts.append((x[:, None, :] ** self.powers).prod(dim=-1))
+        if self.lift == "rbf":
+            parts.append((-torch.cdist(x, self.centre) / self.width).exp())
+        if self.lift == "learned":
+            parts.append((self.features(x) - self.feature_shift) / self.feature_scale)
+        return torch.cat(parts, dim=1)
+
+    def driven(self, psi: Float[Tensor, "b n"], action: Float[Tensor, "b a"]) -> Float[Tensor, "b r"]:
+        """Return what `advance` multiplies: the lifted vector and the scaled inputs, or their products."""
+        u = action / self.action_scale
+        if self.control == "linear":
+            return torch.cat([psi, u], dim=1)
+        return torch.cat([psi, (u[:, :, None] * psi[:, None, :]).flatten(1)], dim=1)
+
+    def lifted_pairs(self, data: Transitions) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
+        """Return the lifted rows before a step and after it, with the inputs' share taken out of the latter.
+
+        This is what spectra are computed from; they belong to the operator with zero input.
+
+        Raises:
+            ValueError: the model has not been fitted.
+        """
+        self._require_fitted()
+        before, after = self._windows(data)
+        psi, psi_next = self.lifted(before), self.lifted(after)
+        n = psi.shape[1]
+        return psi, psi_next - self.driven(psi, data.action)[:, n:] @ self.advance[n:]
+
+    def _encoded(self, obs: Tensor) -> Tensor:
+        if not self.angles:
+            return obs
+        angle = obs[:, self.angles]
+        return torch.cat([obs[:, self._plain], angle.cos(), angle.sin()], dim=1)
+
+    def _decoded(self, x: Float[Tensor, "b d"], obs: Float[Tensor, "b o"]) -> Float[Tensor, "b o"]:
+        """Return observations; angles are continued from those of ``obs``, pairs are brought to the unit circle."""
+        encoded = x * self.scale + self.shift
+        if not self.angles:
+            out = encoded
+        else:
+            k, angle = len(self.angles), obs[:, self.angles]
+            turned = torch.atan2(encoded[:, -k:], encoded[:, -2 * k : -k]) - angle
+            out = torch.empty_like(obs)
+            out[:, self._plain] = encoded[:, : -2 * k]
+            out[:, self.angles] = angle + torch.atan2(turned.sin(), turned.cos())
+        for pair in self.unit_pairs:
+            circle = out[:, pair]
+            out = out.index_copy(
+                1, torch.tensor(pair, device=out.device), circle / circle.norm(dim=1, keepdim=True).clamp_min(1e-6)
+            )
+        return out
+
+    def _every(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Tensor | None) -> Answer:
+        now = self.coordinates(obs)
+        if self.relift:
+            past = now.repeat(1, self.delays - 1) if memory is None else memory
+            x = torch.cat([now, past], dim=1)
+            psi, after = self.lifted(x), x[:, : past.shape[1]] if self.delays > 1 else None
+        else:
+            psi, after = self.lifted(now) if memory is None else memory, None
+        driven = self.driven(psi, action)
+        psi_next = driven @ self.advance
+        mean = self._decoded(psi_next[:, 1 : 1 + now.shape[1]], obs)
+        if self.learn_reward:
+            mean = torch.cat([mean, driven @ self.reward_readout], dim=1)
+        return Answer(mean[None], after if self.relift else psi_next)
+
+    def _remembered(self, data: Transitions) -> Tensor | None:
+        if self.delays == 1:
+            return None
+        before, _ = self._windows(data)
+        return before[:, before.shape[1] // self.delays :]
+
+    def _windows(self, data: Transitions) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
+        """Return delayed coordinates before and after every row; delays do not reach across an episode's start."""
+        now, then = self.coordinates(data.obs), self.coordinates(data.next_obs)
+        row = torch.arange(len(data), device=data.device)
+        begins = torch.ones(len(data), dtype=torch.bool, device=data.device)
+        begins[1:] = data.episode[1:] != data.episode[:-1]
+        first = torch.where(begins, row, 0).cummax(dim=0).values
+        history = [now[torch.maximum(row - lag, first)] for lag in range(self.delays)]
+        return torch.cat(history, dim=1), torch.cat([then, *history[:-1]], dim=1)
+
+    def _learn(
+        self, data: Transitions, rows: Bool[Tensor, " n"], rng: torch.Generator, progress: bool
+    ) -> list[dict[str, float]]:
+        encoded = self._encoded(data.obs[rows])
+        self.shift.copy_(encoded.mean(dim=0))
+        self.scale.copy_(_nonzero(encoded.std(dim=0, correction=0)))
+        self.action_scale.copy_(_nonzero(data.action[rows].abs().amax(dim=0)))
+        before, after = (part[rows] for part in self._windows(data))
+        action, history = data.action[rows], [{"epoch": 1.0}]
+        if self.lift == "rbf":
+            self._place_centres(before, rng)
+        if self.lift == "learned":
+            history = self._train_lift(before, after, action, rng, progress)
+        with torch.no_grad():
+            psi, psi_next = self.lifted(before).double(), self.lifted(after).double()
+            targets = torch.cat([psi_next, data.reward[rows, None].double()], dim=1)
+            solution = least_squares(self.driven(psi, action.double()), targets, self.rcond)
+            self.advance.copy_(solution[:, :-1])
+            self.reward_readout.copy_(solution[:, -1:])
+        return history
+
+    def _place_centres(self, x: Float[Tensor, "n d"], rng: torch.Generator) -> None:
+        """Pick data rows as k-means++ does: the next one with probability proportional to its squared distance."""
+        if len(x) < self.centres:
+            raise DataError(f"{self.centres} centres need as many training rows, got {len(x)}: lower centres")
+        chosen = torch.randint(len(x), (1,), generator=rng, device=x.device)
+        distance = (x - x[chosen]).square().sum(dim=1)
+        for _ in range(self.centres - 1):
+            new = torch.multinomial(distance.clamp_min(1e-12), 1, generator=rng)
+            chosen = torch.cat([chosen, new])
+            distance = torch.minimum(distance, (x - x[new]).square().sum(dim=1))
+        self.centre.copy_(x[chosen])
+        self.width.copy_((x - x.mean(dim=0)).norm(dim=1).mean().clamp_min(1e-6))
+
+    def _train_lift(
+        self, before: Tensor, after: Tensor, action: Tensor, rng: torch.Generator, progress: bool
+    ) -> list[dict[str, float]]:
+        """Train the MLP on the error of the step when the matrix is the batch's own least-squares solution.
+
+        Features are standardised within the batch, otherwise the smallest error would be features that vanish.
+        """
+        for layer in self.features:
+            if isinstance(layer, nn.Linear):
+                bound = 1.0 / layer.in_features**0.5
+                nn.init.uniform_(layer.weight, -bound, bound, generator=rng)
+                nn.init.zeros_(layer.bias)
+        optimizer = torch.optim.Adam(self.features.parameters(), self.learning_rate)
+        size = min(len(before), max(512, 4 * len(self.advance)))
+        history: list[dict[str, float]] = []
+        bar = tqdm(range(self.epochs), desc="lift", disable=not progress)
+        for epoch in bar:
+            losses = []
+            for batch in torch.randperm(len(before), generator=rng, device=before.device).split(size):
+                if len(batch) < size:
+                    continue
+                raw = self.features(before[batch])
+                self.feature_shift.copy_(raw.detach().mean(dim=0))
+                self.feature_scale.copy_(_nonzero(raw.detach().std(dim=0)))
+                psi, psi_next = self.lifted(before[batch]), self.lifted(after[batch])
+                driven = self.driven(psi, action[batch])
+                floor = _RIDGE**0.5 * len(batch) ** 0.5 * torch.eye(driven.shape[1], device=driven.device)
+                solution = torch.linalg.lstsq(
+                    torch.cat([driven, floor]), torch.cat([psi_next, torch.zeros_like(floor[:, : psi.shape[1]])])
+                ).solution
+                loss = (driven @ solution - psi_next).square().mean()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+            mean = float(torch.stack(losses).mean())
+            history.append({"epoch": epoch + 1.0, "loss": mean})
+            bar.set_postfix(loss=mean)
+        with torch.no_grad():
+            raw = self.features(before)
+            self.feature_shift.copy_(raw.mean(dim=0))
+            self.feature_scale.copy_(_nonzero(raw.std(dim=0)))
+        return history
+
+    # Declared for type checkers; `_build_members` registers them.
+    powers: Tensor
+    shift: Tensor
+    scale: Tensor
+    action_scale: Tensor
+    advance: Tensor
+    reward_readout: Tensor
+    centre: Tensor
+    width: Tensor
+    feature_shift: Tensor
+    feature_scale: Tensor
+
+
+def least_squares(x: Float[Tensor, "n p"], y: Float[Tensor, "n q"], rcond: float) -> Float[Tensor, "p q"]:
+    """Return the minimum-norm solution of x w = y, singular values below ``rcond`` times the largest left out.
+
+    By QR, then the SVD of R: the condition number is never squared, and only R is decomposed.
+    """
+    q, r = torch.linalg.qr(x)
+    return torch.linalg.pinv(r, rtol=rcond) @ (q.T @ y)
+
+
+def _nonzero(std: Tensor) -> Tensor:
+    return torch.where(std < 1e-9, torch.ones_like(std), std)

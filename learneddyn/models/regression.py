@@ -1,0 +1,174 @@
+"""Models that answer with a mean: the Gaussian noise around it is what the held-out rows show.
+
+What a regression (sparse, lifted, hybrid ...) has to say is a mean per member. This base splits the data, asks the
+subclass to learn, measures the residuals on rows it has not seen, and answers `predict` and `sample` from both.
+"""
+
+import time
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from learneddyn.core import DataError, Outcome, Prediction, Transitions
+from learneddyn.models.base import AbstractDynamics, FitReport
+from learneddyn.spaces import Spaces
+
+
+class Answer(NamedTuple):
+    """What a regression says about the next step: ``next_obs``, then the reward if there is a head for it."""
+
+    mean: Float[Tensor, "*e b q"]
+    memory: Float[Tensor, "b m"] | None = None
+
+
+class AbstractRegression(AbstractDynamics):
+    """A dynamics model whose members give means; the standard deviation of a column is constant, one per member.
+
+    Subclasses implement `_build_members`, `_learn` and `_every`, and may answer `_own` (one member per row) faster.
+    The elites are all members. A fit holds ``holdout_ratio`` of the rows out to measure the noise.
+    """
+
+    learn_reward: bool
+    holdout_ratio: float
+
+    @property
+    def elites(self) -> Int[Tensor, " k"]:
+        """All members."""
+        return self._elites
+
+    @abstractmethod
+    def _build_members(self, spaces: Spaces) -> None:
+        """Create parameters and buffers for these spaces."""
+
+    @abstractmethod
+    def _learn(
+        self, data: Transitions, rows: Bool[Tensor, " n"], rng: torch.Generator, progress: bool
+    ) -> list[dict[str, float]]:
+        """Learn from the ``rows`` of ``data`` that are marked, and return a history.
+
+        All rows come along because a model with delays looks at what came before a row.
+        """
+
+    @abstractmethod
+    def _every(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Tensor | None) -> Answer:
+        """Return every member's mean ``[e b q]``."""
+
+    def _own(
+        self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], member: Int[Tensor, " b"], memory: Tensor | None
+    ) -> Answer:
+        """Return the mean ``[b q]`` of each row's member."""
+        answer = self._every(obs, action, memory)
+        if self.num_members == 1:
+            return answer._replace(mean=answer.mean[0])
+        return answer._replace(mean=answer.mean[member, torch.arange(len(obs), device=obs.device)])
+
+    def _remembered(self, data: Transitions) -> Tensor | None:
+        """Return the memory that each row of logged data would be asked with; None for models without memory."""
+        return None
+
+    def _build(self, spaces: Spaces) -> None:
+        columns = spaces.obs_dim + self.learn_reward
+        self.register_buffer("noise", torch.zeros(self.num_members, columns))
+        self.register_buffer("_elites", torch.arange(self.num_members))
+        self._build_members(spaces)
+
+    def fit(self, data: Transitions, *, rng: torch.Generator, progress: bool = False) -> FitReport:
+        """Learn from the data and measure the noise on the held-out rows; every call learns anew.
+
+        Returns:
+            ``holdout_mse`` (environment units, mean over members and columns), ``holdout_nll`` (nats per column),
+            ``train_rows``, ``holdout_rows``.
+
+        Raises:
+            DataError: fewer than two rows, NaN or infinite rows, or data that the model cannot learn from.
+            ValueError: the data has other spaces than the model.
+            FloatingPointError: what was learned is not finite; the model is left as it was.
+        """
+        started = time.perf_counter()
+        data.check()
+        if len(data) < 2:
+            raise DataError(f"fit needs at least 2 transitions (one to learn from, one to hold out), got {len(data)}")
+        fresh = self.spaces is None
+        self.check_spaces(data)
+        before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        data = data.to(self._elites.device)
+        try:
+            held = max(1, int(self.holdout_ratio * len(data)))
+            chosen = torch.ones(len(data), dtype=torch.bool, device=data.device)
+            chosen[torch.randperm(len(data), generator=rng, device=data.device)[:held]] = False
+            history = self._learn(data, chosen, rng, progress)
+            metrics = self._measure(data, ~chosen)
+        except (DataError, FloatingPointError):
+            self.load_state_dict(before)
+            self.spaces = None if fresh else self.spaces
+            raise
+        metrics |= {"train_rows": float(len(data) - held), "holdout_rows": float(held)}
+        return FitReport(len(history), time.perf_counter() - started, metrics, history)
+
+    @torch.no_grad()
+    def _measure(self, data: Transitions, rows: Bool[Tensor, " n"]) -> dict[str, float]:
+        memory = self._remembered(data)
+        answer = self._every(data.obs[rows], data.action[rows], None if memory is None else memory[rows])
+        truth = data.next_obs[rows]
+        if self.learn_reward:
+            truth = torch.cat([truth, data.reward[rows, None]], dim=1)
+        error = answer.mean - truth
+        if not bool(error.isfinite().all()):
+            raise FloatingPointError(f"{type(self).__name__} learned something that is not finite: scale the data")
+        self.noise.copy_(error.square().mean(dim=1).sqrt())
+        floor = self.noise.clamp_min(1e-6)[:, None]
+        nll = (0.5 * (error / floor).square() + floor.log()).mean() + 0.5 * torch.tensor(torch.pi * 2).log()
+        return {"holdout_mse": float(error.square().mean()), "holdout_nll": float(nll)}
+
+    def predict(
+        self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Float[Tensor, "b m"] | None = None
+    ) -> Prediction:
+        """Ask every member.
+
+        Raises:
+            ValueError: the model has not been fitted.
+        """
+        self._require_fitted()
+        answer, o = self._every(obs, action, memory), obs.shape[1]
+        std = self.noise[:, None].expand_as(answer.mean)
+        return Prediction(
+            mean=answer.mean[..., :o],
+            std=std[..., :o],
+            elites=self.elites,
+            reward_mean=answer.mean[..., o] if self.learn_reward else None,
+            reward_std=std[..., o] if self.learn_reward else None,
+            memory=answer.memory,
+        )
+
+    def sample(
+        self,
+        obs: Float[Tensor, "b o"],
+        action: Float[Tensor, "b a"],
+        member: Int[Tensor, " b"],
+        rng: torch.Generator,
+        memory: Float[Tensor, "b m"] | None = None,
+        *,
+        noise: bool = True,
+    ) -> Outcome:
+        """Ask one member per row. Noise is added to what comes out, never to the memory.
+
+        Raises:
+            ValueError: the model has not been fitted.
+        """
+        self._require_fitted()
+        answer, o = self._own(obs, action, member, memory), obs.shape[1]
+        mean = answer.mean
+        if noise:
+            mean = mean.addcmul(self.noise[member], torch.randn(mean.shape, generator=rng, device=mean.device))
+        return Outcome(mean[:, :o], mean[:, o] if self.learn_reward else None, None, answer.memory)
+
+    def _require_fitted(self) -> None:
+        if self.spaces is None:
+            raise ValueError(f"{type(self).__name__} has not been fitted: call fit(data) or load a model first")
+
+    # Declared for type checkers; `_build` registers them.
+    noise: Tensor
+    _elites: Tensor
