@@ -1,0 +1,378 @@
+"""Dyna: any off-policy algorithm of Stable-Baselines3, trained mostly on transitions that a learned model imagines.
+
+    every real step          act, store                                      (Stable-Baselines3's own loop)
+    every refit_every steps  fit the dynamics model on all real transitions
+                             imagine k steps from each of rollout_batch real states, into the pool of imagined rows
+    every real step          gradient_steps updates, real_ratio of each batch real rows, the others imagined
+
+Sources: Sutton, "Dyna, an Integrated Architecture for Learning, Planning, and Reacting" (1991); schedule, pools and
+defaults are those of Janner, Fu, Zhang, Levine, "When to Trust Your Model: Model-Based Policy Optimization" (2019).
+Deviations: reward and termination come from the task wherever the observation determines them (there: the reward is
+always learned, the termination always given); epochs count all real steps, the random ones included.
+
+Hooks for methods built on top; overrides call ``super()`` where they extend and do not replace:
+
+    imagination_policy(world)   the actions inside the model, by default drawn from the policy
+    _sample_action(...)         the actions in the real environment (SB3's own method: environment and [-1, 1] units);
+                                ``self.world`` is the world that imagines, None before the first fit
+    make_world()                sampler, penalty, trust of that world
+    on_refit(report)            after every fit
+    on_imagined(rows)           after every imagination, with its rows in environment units, already in the pool
+    self.rng                    the generator (on ``self.device``) that fits and imagination draw from
+"""
+
+import importlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from jaxtyping import Float
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import RolloutReturn
+from torch import Tensor
+
+from learneddyn import tasks
+from learneddyn.agents.buffer import DeviceReplayBuffer
+from learneddyn.agents.diagnostics import Stopwatch, imagination_figures, model_error
+from learneddyn.agents.episodes import Episodes
+from learneddyn.core import ActionFn, Task, Transitions, generator
+from learneddyn.models import AbstractDynamics, FitReport, ProbabilisticEnsemble
+from learneddyn.spaces import Spaces
+from learneddyn.world import Sampler, World
+
+EPOCH = 1000
+"""Real steps of an epoch: the unit of the schedule of rollout lengths and of the pool's capacity."""
+
+
+def rollout_length(schedule: Sequence[float], epoch: float) -> int:
+    """Return k at an epoch: from k0 at e0 linearly to k1 at e1, rounded down; ``schedule`` is (e0, e1, k0, k1)."""
+    e0, e1, k0, k1 = schedule
+    share = 1.0 if e1 <= e0 else min(max((epoch - e0) / (e1 - e0), 0.0), 1.0)
+    return math.floor(k0 + share * (k1 - k0) + 1e-9)
+
+
+def pool_capacity(length: int, rollout_batch: int, refit_every: int, retain: float) -> int:
+    """Return the imagined rows to keep: those of ``retain`` epochs, and of one imagination at least."""
+    return length * rollout_batch * max(1, math.ceil(retain * EPOCH / refit_every))
+
+
+class Dyna(OffPolicyAlgorithm):
+    """Mix-in: ``class MBPO(Dyna, FastSAC)`` is SAC that learns in a model of its own, with all of SB3's surface.
+
+    ``learn``, ``predict``, ``save``, ``load``, callbacks and loggers are SB3's; the zip holds the dynamics model too.
+    `learneddyn.agents.checkpoint` saves a whole run, which then goes on bit-equal.
+
+    Args:
+        policy: see the algorithm.
+        env: one environment or a vector environment, flat Boxes only, not wrapped in VecNormalize (the model
+            standardises by itself).
+        *args: see the algorithm.
+        model: dynamics model to learn, by default the paper's ensemble with the heads that the task needs. It is
+            fitted in place.
+        task: reward and termination of imagined steps; by default looked up under the environment's id.
+        real_ratio: share of real rows in a batch.
+        refit_every: real steps between two fits.
+        rollout_batch: real states that imagination starts from after every fit.
+        schedule: (e0, e1, k0, k1), see `rollout_length`.
+        retain: epochs whose imagined rows are kept.
+        sampler: of the world, see `learneddyn.world.sampling`.
+        imagination_noise: standard deviation of Gaussian noise on imagined actions, in units of half their range; for
+            algorithms whose policy is deterministic.
+        learning_starts: random real steps before the first fit.
+        gradient_steps: updates per real step.
+        diagnose: log what `learneddyn.agents.diagnostics` measures; it changes nothing of what is learned.
+        **kwargs: see the algorithm.
+
+    Raises:
+        ValueError: an argument outside its range, spaces that are not flat Boxes, a VecNormalize, n-step returns,
+            another replay buffer, or (at the first fit) a task that contradicts the environment's own rewards or
+            terminations.
+        UnknownTask: no task is given or known for the environment.
+    """
+
+    replay_buffer: DeviceReplayBuffer
+    action_space: gym.spaces.Box
+    observation_space: gym.spaces.Box
+
+    def __init__(
+        self,
+        policy: Any,
+        env: Any,
+        *args: Any,
+        model: AbstractDynamics | None = None,
+        task: Task | None = None,
+        real_ratio: float = 0.05,
+        refit_every: int = 250,
+        rollout_batch: int = 100_000,
+        schedule: Sequence[float] = (0, 1, 1, 1),
+        retain: float = 1,
+        sampler: str | Sampler = "elite",
+        imagination_noise: float = 0.0,
+        learning_starts: int = 5000,
+        gradient_steps: int = 20,
+        diagnose: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        for name, value, ok, allowed in (
+            ("refit_every", refit_every, refit_every >= 1, "at least 1"),
+            ("rollout_batch", rollout_batch, rollout_batch >= 1, "at least 1"),
+            ("schedule", schedule, len(schedule) == 4 and min(schedule[2:]) >= 1, "(e0, e1, k0 >= 1, k1 >= 1)"),
+            ("retain", retain, retain > 0, "above 0"),
+            ("imagination_noise", imagination_noise, imagination_noise >= 0, "at least 0"),
+            ("n_steps", kwargs.get("n_steps", 1), kwargs.get("n_steps", 1) == 1, "1: imagined rows are single steps"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        if kwargs.get("replay_buffer_class") not in (None, DeviceReplayBuffer):
+            raise ValueError(f"replay_buffer_class must be DeviceReplayBuffer, got {kwargs['replay_buffer_class']}")
+        self.task, self.real_ratio, self.refit_every, self.rollout_batch = task, real_ratio, refit_every, rollout_batch
+        self.schedule, self.retain, self.sampler = tuple(schedule), retain, sampler
+        self.imagination_noise, self.diagnose = imagination_noise, diagnose
+        self.world: World | None = None
+        self.figures: dict[str, float] = {}
+        """Latest diagnostics, under their logger keys."""
+        self._dynamics = model
+        self._dynamics_card: dict[str, Any] | None = None
+        self._fitted_at = self._refits = self._next_refit = 0
+        self.watch = Stopwatch()
+        self._episodes: Episodes | None = None
+        kwargs |= {"learning_starts": learning_starts, "gradient_steps": gradient_steps}
+        super().__init__(policy, env, *args, **kwargs)
+
+    @property
+    def dynamics(self) -> AbstractDynamics:
+        """The dynamics model."""
+        assert self._dynamics is not None
+        return self._dynamics
+
+    @property
+    def rollout_length(self) -> int:
+        """Steps of an imagined rollout at this epoch."""
+        return rollout_length(self.schedule, self.num_timesteps // EPOCH)
+
+    def _setup_model(self) -> None:
+        if self._vec_normalize_env is not None:
+            raise ValueError("the model standardises its inputs itself: give the environment without VecNormalize")
+        if self.task is None:
+            self.task = tasks.get(_env_id(self.env))
+        self.replay_buffer_class = DeviceReplayBuffer
+        capacity = pool_capacity(self.rollout_length, self.rollout_batch, self.refit_every, self.retain)
+        self.replay_buffer_kwargs = self.replay_buffer_kwargs | {
+            "imagined_size": capacity,
+            "real_share": self.real_ratio,
+        }
+        super()._setup_model()
+        stream = np.random.SeedSequence((torch.initial_seed() % 2**64, 1)).generate_state(1, np.uint64)[0]
+        self.rng = generator(int(stream >> 1), self.device)
+        self.spaces = Spaces(self.observation_space, self.action_space)
+        if self._dynamics is None:
+            card = self._dynamics_card
+            self._dynamics = default_dynamics(self.task) if card is None else _rebuilt(card, self.spaces)
+        self._dynamics.to(self.device)
+        if self._dynamics.spaces is not None:
+            self.world = self.make_world()
+        low, high = self.action_space.low.reshape(-1), self.action_space.high.reshape(-1)
+        self._low = torch.as_tensor(low, device=self.device, dtype=torch.float32)
+        self._range = torch.as_tensor(high, device=self.device, dtype=torch.float32) - self._low
+
+    def make_world(self) -> World:
+        """Return the world that imagines, around the fitted model."""
+        assert self.task is not None
+        return World(self.dynamics, self.task, sampler=self.sampler)
+
+    def imagination_policy(self, world: World) -> ActionFn:
+        """Return how imagined rows act: flat observations to flat actions, both in environment units."""
+        shape = self.observation_space.shape
+
+        def act(obs: Float[Tensor, "b o"]) -> Float[Tensor, "b a"]:
+            squashed = self.policy._predict(obs.view(-1, *shape), deterministic=False)
+            if self.imagination_noise:
+                noise = torch.randn(squashed.shape, generator=self.rng, device=self.device)
+                squashed = (squashed + self.imagination_noise * noise).clamp(-1, 1)
+            return self._low + (0.5 * squashed + 0.5) * self._range
+
+        return act
+
+    def on_refit(self, report: FitReport) -> None:
+        """Do something after a fit; nothing by default."""
+
+    def on_imagined(self, rows: Transitions) -> None:
+        """Do something with the rows just imagined; nothing by default."""
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
+        """Take real steps as SB3 does; then, when it is due, fit and imagine."""
+        with self.watch("real"):
+            rollout = super().collect_rollouts(*args, **kwargs)
+        due = self.num_timesteps > self.learning_starts and self.num_timesteps >= self._next_refit
+        if due and rollout.continue_training:
+            self._next_refit = (self.num_timesteps // self.refit_every + 1) * self.refit_every
+            self.refit()
+            self.imagine()
+        return rollout
+
+    def train(self, gradient_steps: int, batch_size: int = 256) -> None:
+        """Update as the algorithm does."""
+        with self.watch("update"):
+            super().train(gradient_steps, batch_size)
+
+    def refit(self) -> FitReport:
+        """Fit the model on all real rows, and renew the world."""
+        data = self.real_data()
+        if self.world is None:
+            self._check_task(data)
+        elif self.diagnose:
+            self._log(model_error(self.dynamics, self.real_data(newest=self.num_timesteps - self._fitted_at), data))
+        with self.watch("fit"):
+            report = self.dynamics.fit(data, rng=self.rng)
+        self.world = self.make_world()
+        self._fitted_at = self.num_timesteps
+        self._refits += 1
+        self._log({"model/fit_epochs": report.epochs} | {f"model/{name}": v for name, v in report.metrics.items()})
+        self.on_refit(report)
+        return report
+
+    @torch.no_grad()
+    def imagine(self) -> Transitions:
+        """Roll out the policy from real states, and put the rows into the pool.
+
+        Rows that terminate, or whose model diverges, stop there.
+        """
+        assert self.world is not None
+        length, pool = self.rollout_length, self.replay_buffer.imagined
+        assert pool is not None
+        capacity = pool_capacity(length, self.rollout_batch, self.refit_every, self.retain)
+        if capacity != pool.capacity:
+            pool.resize(capacity)
+        self.policy.set_training_mode(False)
+        with self.watch("imagine"):
+            starts = self.replay_buffer.real.sample(self.rollout_batch, self.rng).obs
+            rows = self.world.rollout(starts, self.imagination_policy(self.world), length, self.rng)
+            self.replay_buffer.add_imagined(rows)
+        if self.diagnose:
+            self._log(imagination_figures(self.world, rows))
+        self._log({"imagined/length": length, "imagined/rows": len(pool)} | self.watch.shares())
+        self.on_imagined(rows)
+        return rows
+
+    def real_data(self, newest: int | None = None) -> Transitions:
+        """Return the real transitions (or the newest ones only) in environment units, every lane's episodes whole."""
+        replay = self.replay_buffer.real
+        rows = replay.rows()
+        rows = rows if newest is None else rows[max(0, len(rows) - newest) :]
+        lane = torch.arange(len(rows), device=rows.device) % self.n_envs
+        batch = replay.unpack(rows[lane.argsort(stable=True)])
+        action = self._low + (0.5 * batch.action + 0.5) * self._range
+        begins = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        begins[1:] = (batch.obs[1:] != batch.next_obs[:-1]).any(dim=1) | (batch.terminated[:-1] > 0)
+        return Transitions(
+            batch.obs.contiguous(),
+            action,
+            batch.reward.contiguous(),
+            batch.next_obs.contiguous(),
+            batch.terminated > 0,
+            begins.cumsum(0) - 1,
+            self.spaces,
+            "real",
+        )
+
+    def _check_task(self, data: Transitions) -> None:
+        """Refuse a task whose functions are not those of the environment: another version, other arguments."""
+        task = self.task
+        assert task is not None
+        for what, wrong in (
+            (
+                "reward",
+                task.reward
+                and (task.reward(data.obs, data.action, data.next_obs) - data.reward).abs()
+                > 0.01 * (1 + data.reward.abs()),
+            ),
+            ("termination", task.terminated and task.terminated(data.next_obs) != data.terminated),
+        ):
+            if wrong is not None and int(wrong.sum()) > 0.01 * len(data):
+                raise ValueError(
+                    f"the {what} of the task {task.real_id} differs from what the environment gave in "
+                    f"{int(wrong.sum())} of {len(data)} steps: give the task of this very environment, or "
+                    f"task=Task({task.real_id!r}) with a model that learns it (learn_{what}=True)"
+                )
+
+    def _log(self, figures: dict[str, Any]) -> None:
+        for name, value in figures.items():
+            self.figures[name] = float(value)
+            self.logger.record(name, float(value))
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        assert self._episodes is not None
+        self._episodes.stepped(self.policy.unscale_action(buffer_action), dones)
+
+    def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> Any:
+        assert self.env is not None, "set an environment before calling learn()"
+        reset = self._last_obs is None or (args[1] if len(args) > 1 else kwargs.get("reset_num_timesteps", True))
+        if self._episodes is None:
+            self._episodes = Episodes(self.env)
+        if reset:
+            self._episodes.resetting()
+        found = super()._setup_learn(total_timesteps, *args, **kwargs)
+        if reset:
+            self._episodes.reset()
+        return found
+
+    def save(self, path: Any, *args: Any, **kwargs: Any) -> None:
+        """Write SB3's zip: policy, optimisers, arguments and the dynamics model, without the replay."""
+        kind = type(self.dynamics)
+        self._dynamics_card = {
+            "class": [kind.__module__, kind.__qualname__],
+            "config": self.dynamics.config(),
+            "fitted": self.dynamics.spaces is not None,
+        }
+        super().save(path, *args, **kwargs)
+
+    def _excluded_save_params(self) -> list[str]:
+        mine = ["world", "rng", "watch", "spaces", "_episodes", "_dynamics", "_low", "_range"]
+        return [*super()._excluded_save_params(), *mine]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        modules, tensors = super()._get_torch_save_params()
+        return [*modules, "dynamics"], tensors
+
+
+def default_dynamics(task: Task) -> ProbabilisticEnsemble:
+    """Return the published ensemble, with the heads that the task cannot answer itself."""
+    return ProbabilisticEnsemble(
+        learn_reward=task.reward is None, learn_termination=task.terminated is None, angles=task.angles
+    )
+
+
+def _rebuilt(card: dict[str, Any], spaces: Spaces) -> AbstractDynamics:
+    """Return a model of the class and arguments on the card; its weights are loaded afterwards."""
+    module, name = card["class"]
+    model: AbstractDynamics = getattr(importlib.import_module(module), name)(**card["config"])
+    if card["fitted"]:
+        o, a = torch.zeros(0, spaces.obs_dim), torch.zeros(0, spaces.action_dim)
+        none = torch.zeros(0)
+        model.check_spaces(Transitions(o, a, none, o, none.bool(), none.long(), spaces))
+    return model
+
+
+def _env_id(env: Any) -> str:
+    """Return the Gymnasium id of a vector environment's lanes.
+
+    Raises:
+        ValueError: they name none.
+    """
+    spec = env.get_attr("spec", indices=0)[0] if env is not None else None
+    if spec is None:
+        raise ValueError("the environment has no Gymnasium id to look its task up by: give task=Task(...)")
+    return spec.id
