@@ -127,7 +127,6 @@ class World:
         obs, action, reward, next_obs, terminated, episode = (column[order] for column in columns)
         return Transitions(obs, action, reward, next_obs, terminated, episode, self.spaces, "imagined")
 
-    @torch.no_grad()
     def returns(
         self,
         obs: Float[Tensor, "b o"],
@@ -143,6 +142,9 @@ class World:
 
         A particle collects no reward from an untrusted step, nor after a terminated or untrusted one. A plan that
         drives a living particle to a non-finite observation or reward returns -inf: a broken model must not look good.
+
+        Where the plans ask for a gradient they get one, as far as model, reward and sampler are differentiable; it does
+        not see that an episode ends sooner or later.
 
         Raises:
             ValueError: plans that are not ``[b, s, h, a]`` of these lanes and this action space, or particles or chunk
@@ -160,7 +162,8 @@ class World:
         lane = torch.arange(lanes, device=obs.device).repeat_interleave(candidates)
         together = max(1, chunk // particles)
         parts = zip(lane.split(together), plans.flatten(0, 1).split(together), strict=True)
-        returns = [self._plan_returns(obs[lane], plan, rng, particles) for lane, plan in parts]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and plans.requires_grad):
+            returns = [self._plan_returns(obs[lane], plan, rng, particles) for lane, plan in parts]
         return torch.cat(returns).view(lanes, candidates)
 
     def _plan_returns(
