@@ -1,7 +1,9 @@
-"""Learners that act: a fast, file-compatible SAC and its replay on the device, and planning in a world."""
+"""Learners that act: a fast, file-compatible SAC, its replay on the device, and model-based agents around them."""
 
 from learneddyn.agents.buffer import DeviceReplayBuffer
+from learneddyn.agents.dyna import Dyna
+from learneddyn.agents.mbpo import MBPO, DynaCrossQ, DynaTD3, DynaTQC
 from learneddyn.agents.mpc import MPC
 from learneddyn.agents.sac import FastSAC
 
-__all__ = ["MPC", "DeviceReplayBuffer", "FastSAC"]
+__all__ = ["MBPO", "MPC", "DeviceReplayBuffer", "Dyna", "DynaCrossQ", "DynaTD3", "DynaTQC", "FastSAC"]
