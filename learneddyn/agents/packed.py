@@ -77,6 +77,17 @@ class PackedMLP:
         """Whether the modules' parameters still live here (loading keeps them; moving to a device does not)."""
         return all(p.data_ptr() == pointer for p, pointer in zip(self.parameters, self._pointers, strict=True))
 
+    @property
+    def layers(self) -> list[tuple[Float[Tensor, "n _ _"], Float[Tensor, "n 1 _"]]]:
+        """Weights and biases as they are now, one pair per layer: views, to be followed by `refresh` when written."""
+        return list(zip(self._weights, self._biases, strict=True))
+
+    def add_grad(self, grads: Sequence[Tensor]) -> None:
+        """Add gradients of weight and bias, layer by layer, to those that `backward` wrote."""
+        mine = [grad for pair in self._grads for grad in pair]
+        for grad, more in zip(mine, grads, strict=True):
+            grad += more
+
     def refresh(self) -> None:
         """Renew the low-precision copy of the weights: to be called whenever weights have changed."""
         if self._flat_low is not self.flat:

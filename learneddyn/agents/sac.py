@@ -4,7 +4,11 @@ Twin critics run as one batched net, gradients are derived by hand (`learneddyn.
 work in place on packed weights, and nothing waits for the device between the updates of one ``train`` call.
 """
 
+import copy
+import io
+import pathlib
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,7 +17,9 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
+from learneddyn.agents.lipschitz import CriticRegulariser
 from learneddyn.agents.update import SACUpdate
+from learneddyn.core import Json
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -31,14 +37,24 @@ class FastSAC(SAC):
         *args: see ``stable_baselines3.SAC``.
         precision: "fp32", or "bf16": products between hidden layers in bfloat16, weights and Adam in float32. It pays
             for wide layers; at 2 x 64 it is slower than "fp32" (``benchmarks/sac.py --width 64 --batch 64``).
+        critic_regulariser: what keeps the critics from varying fast (`learneddyn.agents.lipschitz`); the model works on
+            a copy. Files name it in plain JSON, so that Stable-Baselines3 opens them without it.
         **kwargs: see ``stable_baselines3.SAC``.
 
     Raises:
-        ValueError: an unknown precision, or "bf16" for a policy that the fast path does not cover.
+        ValueError: an unknown precision, or "bf16" or a regulariser for a policy that the fast path does not cover.
     """
 
-    def __init__(self, *args: Any, precision: str = "fp32", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        precision: str = "fp32",
+        critic_regulariser: CriticRegulariser | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.precision = precision
+        self.critic_regulariser = critic_regulariser
+        self._regulariser_card: Json | None = None
         self._update: SACUpdate | None = None
         self._slow = ""
         super().__init__(*args, **kwargs)
@@ -51,8 +67,20 @@ class FastSAC(SAC):
         self._slow = self._why_slow()
         if self._slow and self.precision != "fp32":
             raise ValueError(f"precision {self.precision!r} is not available for {self._slow}")
+        if self._slow and (self.critic_regulariser is not None or self._regulariser_card is not None):
+            raise ValueError(f"a critic_regulariser is not available for {self._slow}")
+        self._set_up_regulariser()
         if self._slow:
             warnings.warn(f"FastSAC trains as stable_baselines3.SAC does: no fast path for {self._slow}", stacklevel=2)
+
+    @torch.no_grad()
+    def _set_up_regulariser(self) -> None:
+        """Take a copy of the one that was given, or read the one of a file (whose weights follow after the set-up)."""
+        if self.critic_regulariser is not None:
+            self.critic_regulariser = copy.deepcopy(self.critic_regulariser)
+            self._packed().constrain_start()
+        elif self._regulariser_card is not None:
+            self.critic_regulariser = CriticRegulariser.from_card(self._regulariser_card)
 
     def _why_slow(self) -> str:
         """Return what the fast path does not cover, or an empty string."""
@@ -94,10 +122,11 @@ class FastSAC(SAC):
 
     def _packed(self) -> SACUpdate:
         """Return the packed nets and optimisers; pack anew where something else has replaced them."""
-        if self._update is None or not self._update.current(self):
-            self._update = SACUpdate(self, PRECISIONS[self.precision])
-        self._update.refresh()
-        return self._update
+        update = self._update
+        if update is None or update.regulariser is not self.critic_regulariser or not update.current(self):
+            update = self._update = SACUpdate(self, PRECISIONS[self.precision], self.critic_regulariser)
+        update.refresh()
+        return update
 
     def _record(self, figures: torch.Tensor) -> None:
         alpha, alpha_loss, actor_loss, critic_loss = figures.mean(0).tolist()
@@ -108,5 +137,15 @@ class FastSAC(SAC):
         if self.ent_coef_optimizer is not None:
             self.logger.record("train/ent_coef_loss", alpha_loss)
 
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """Write the file that ``load`` reads, of this class and of ``stable_baselines3.SAC``."""
+        self._regulariser_card = None if self.critic_regulariser is None else self.critic_regulariser.card()
+        super().save(path, exclude, include)
+
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_update", "_slow"]
+        return [*super()._excluded_save_params(), "_update", "_slow", "critic_regulariser"]

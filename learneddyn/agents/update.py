@@ -25,6 +25,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.sac.policies import LOG_STD_MAX, LOG_STD_MIN
 from torch import Tensor, nn
 
+from learneddyn.agents.lipschitz import CriticRegulariser
 from learneddyn.agents.packed import PackedAdam, PackedMLP
 
 TANH_SLACK = 1e-6
@@ -33,9 +34,13 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class SACUpdate:
-    """The nets and optimisers of an SB3 ``SAC``, packed; ``dtype`` is that of `PackedMLP`."""
+    """The nets and optimisers of an SB3 ``SAC``, packed; ``dtype`` is that of `PackedMLP`.
 
-    def __init__(self, model: SAC, dtype: torch.dtype) -> None:
+    A regulariser's loss is the one part whose gradient comes from autograd, in float32.
+    """
+
+    def __init__(self, model: SAC, dtype: torch.dtype, regulariser: CriticRegulariser | None = None) -> None:
+        self.regulariser = regulariser
         actor, critic, target = self._modules = (model.actor, model.critic, model.critic_target)
         head = cast(list[nn.Linear], [actor.mu, actor.log_std])
         self.actor = PackedMLP([*([[linear]] for linear in _linears(actor.latent_pi)), [head]], dtype)
@@ -69,6 +74,12 @@ class SACUpdate:
             and all(optimizer.current for optimizer in self._adams)
         )
 
+    def constrain_start(self) -> None:
+        """Bring fresh critics, and targets equal to them, to where the regulariser allows them to be."""
+        if self.regulariser is not None:
+            self.regulariser.constrain(self.critic.layers)
+            self.target.flat.copy_(self.critic.flat)
+
     def refresh(self) -> None:
         """Take up weights that were changed from outside."""
         for net in (self.actor, self.critic, self.target):
@@ -80,7 +91,8 @@ class SACUpdate:
         """Update temperature, critics and actor, in this order; the target nets are left to `follow`.
 
         Returns:
-            the temperature before the update, and the losses of temperature (0 if it is fixed), actor and critics.
+            the temperature before the update, and the losses of temperature (0 if it is fixed), actor and critics
+            (a regulariser's loss included).
         """
         obs, next_obs = batch.observations.flatten(1).float(), batch.next_observations.flatten(1).float()
         rows, obs_dim = obs.shape
@@ -104,7 +116,11 @@ class SACUpdate:
         error = self.critic.forward(torch.cat((obs, batch.actions), 1)) - value
         critic_loss = error.square().sum() * (0.5 / rows)
         self.critic.backward(error / rows)
+        if self.regulariser is not None:
+            critic_loss = critic_loss + self._regularise(self.regulariser, obs, batch.actions)
         self._critic_adam.step()
+        if self.regulariser is not None:
+            self.regulariser.constrain(self.critic.layers)
         self.critic.refresh()
 
         least, index = self.critic.forward(torch.cat((obs, action[:rows]), 1)).min(0, keepdim=True)
@@ -123,6 +139,19 @@ class SACUpdate:
         """Move the target critics towards the critics by the share ``tau``."""
         self.target.flat.lerp_(self.critic.flat, tau)
         self.target.refresh()
+
+    def _regularise(
+        self, regulariser: CriticRegulariser, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"]
+    ) -> Float[Tensor, ""]:
+        """Add the gradient of the regulariser's loss to the critics', and return the loss."""
+        with torch.enable_grad():
+            layers = [(w.detach().requires_grad_(), b.detach().requires_grad_()) for w, b in self.critic.layers]
+            loss = regulariser.loss(layers, obs, action)
+        if loss is None:
+            return torch.zeros((), device=obs.device)
+        leaves = [leaf for layer in layers for leaf in layer]
+        self.critic.add_grad(torch.autograd.grad(loss, leaves, materialize_grads=True))
+        return loss.detach()
 
     def _step_alpha(self, excess: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Return temperature and its loss, both before the step."""
