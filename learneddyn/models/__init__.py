@@ -3,5 +3,6 @@
 from learneddyn.models.base import AbstractDynamics, FitReport, ModelFileError
 from learneddyn.models.ensemble import ProbabilisticEnsemble
 from learneddyn.models.koopman import Koopman
+from learneddyn.models.sindy import SINDy
 
-__all__ = ["AbstractDynamics", "FitReport", "Koopman", "ModelFileError", "ProbabilisticEnsemble"]
+__all__ = ["AbstractDynamics", "FitReport", "Koopman", "ModelFileError", "ProbabilisticEnsemble", "SINDy"]
