@@ -9,6 +9,7 @@ they are wall-clock times: threads that wait for each other burn CPU time too.
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -169,6 +170,8 @@ def main(measure: Callable[..., list[Row]], about: str, **options: int) -> None:
     parser.add_argument("--json", type=Path)
     args = vars(parser.parse_args())
     torch.set_num_threads(args["threads"])
+    if hasattr(os, "sched_setaffinity"):  # JAX asks no other setting how many threads to start
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-args["threads"] :])
     target = args.pop("json")
     turns = Turns(**{name: args.pop(name) for name in Turns._fields})
     rows = measure(turns, **args)
