@@ -27,3 +27,10 @@ if "learneddyn/CartPoleSwingUp-v0" not in registry:
         entry_point="learneddyn.plants.cartpole_swingup:CartPoleSwingUp",
         max_episode_steps=200,
     )
+
+if "learneddyn/HeavyPendulum-v0" not in registry:
+    register(
+        id="learneddyn/HeavyPendulum-v0",
+        entry_point="learneddyn.plants.heavy_pendulum:HeavyPendulum",
+        max_episode_steps=1000,
+    )

@@ -22,6 +22,7 @@ _BUILT_IN = {
     "Swimmer-v5": "swimmer",
     "Walker2d-v5": "walker2d",
     "learneddyn/CartPoleSwingUp-v0": "cartpole_swingup",
+    "learneddyn/HeavyPendulum-v0": "heavy_pendulum",
 }
 _registered: dict[str, Task] = {}
 

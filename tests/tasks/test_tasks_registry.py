@@ -16,8 +16,8 @@ def _own_registry(monkeypatch):
     monkeypatch.setattr(registry, "_registered", {})
 
 
-def test_names_are_the_fifteen_environments_and_exist_in_gymnasium():
-    assert len(tasks.names()) == 15
+def test_names_are_the_sixteen_environments_and_exist_in_gymnasium():
+    assert len(tasks.names()) == 16
     assert tasks.names() == sorted(tasks.names())
     for name in tasks.names():
         assert tasks.get(name).max_episode_steps == gym.spec(name).max_episode_steps
