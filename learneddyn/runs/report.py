@@ -11,6 +11,7 @@ import torch
 from learneddyn import tasks
 from learneddyn.core import Json, Transitions, generator
 from learneddyn.data import algorithm_class, collect
+from learneddyn.data.store import load_transitions
 from learneddyn.envs import load_world
 from learneddyn.evaluation import (
     Calibration,
@@ -26,7 +27,6 @@ from learneddyn.evaluation import (
     write_report,
 )
 from learneddyn.evaluation.render import side_by_side
-from learneddyn.runs.folder import load_transitions
 from learneddyn.runs.rounds import RoundsConfig, imagined_beside, read_rounds
 from learneddyn.world import World
 from learneddyn.world.draw import RenderError

@@ -29,11 +29,11 @@ from learneddyn import tasks
 from learneddyn.core import Json, Transitions, generator
 from learneddyn.data import algorithm_class, collect, load_agent
 from learneddyn.data.grades import check_arguments, new_agent
+from learneddyn.data.store import load_transitions, save_transitions
 from learneddyn.envs import LearnedVecEnv, LoadedWorld, first_observations, load_world, save_world
 from learneddyn.evaluation import Imagined, Returns, Round, evaluate, fidelity_of_log, imagined, longest_window
 from learneddyn.files import replace_file
 from learneddyn.models import AbstractDynamics
-from learneddyn.runs.folder import load_transitions, save_transitions
 from learneddyn.runs.seeds import Notify, silent
 from learneddyn.spaces import Spaces, flat_dim
 

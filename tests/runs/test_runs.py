@@ -12,6 +12,7 @@ from stable_baselines3 import PPO
 from learneddyn import tasks
 from learneddyn.core import DataError
 from learneddyn.data import collect
+from learneddyn.data.store import load_transitions, save_transitions
 from learneddyn.models import ProbabilisticEnsemble
 from learneddyn.runs import (
     RoundsConfig,
@@ -23,7 +24,6 @@ from learneddyn.runs import (
     run_rounds,
     train_in_world,
 )
-from learneddyn.runs.folder import load_transitions, save_transitions
 from learneddyn.runs.report import report_runs
 from learneddyn.tasks import registry
 from learneddyn.world.draw import RenderError
