@@ -2,19 +2,24 @@
 
 from learneddyn.world.penalties import PENALTIES
 from learneddyn.world.sampling import SAMPLERS, Sampler, elite, mean, ts1, tsinf
+from learneddyn.world.sentinel import Divergence, ModelDiverged, Sentinel, strict
 from learneddyn.world.trust import Trust, all_trusted, penalty_below, within_box, within_data
 from learneddyn.world.world import World
 
 __all__ = [
     "PENALTIES",
     "SAMPLERS",
+    "Divergence",
+    "ModelDiverged",
     "Sampler",
+    "Sentinel",
     "Trust",
     "World",
     "all_trusted",
     "elite",
     "mean",
     "penalty_below",
+    "strict",
     "ts1",
     "tsinf",
     "within_box",

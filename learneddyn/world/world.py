@@ -9,6 +9,7 @@ from torch import Tensor
 from learneddyn.core import ActionFn, Dynamics, Outcome, Penalty, State, Step, Task, Transitions
 from learneddyn.models.base import AbstractDynamics
 from learneddyn.world.sampling import SAMPLERS, Sampler, draw_members
+from learneddyn.world.sentinel import Sentinel, told
 from learneddyn.world.trust import Trust, all_trusted
 
 
@@ -30,6 +31,7 @@ class World:
             that pays it in place of the reward. It follows the pessimistic MDP of Kidambi, Rajeswaran, Netrapalli,
             Joachims, "MOReL: Model-Based Offline Reinforcement Learning" (2020), but pays once, where their absorbing
             HALT state pays -kappa at every later step: choose ``-kappa / (1 - gamma)`` for the same value.
+        sentinel: told of rows that diverge in `rollout` and `returns`, see `learneddyn.world.sentinel`.
 
     Raises:
         ValueError: the model is not fitted, neither task nor model answers reward or termination (models that are no
@@ -46,6 +48,7 @@ class World:
         penalty_weight: float = 0.0,
         trust: Trust = all_trusted,
         halt_reward: float | None = None,
+        sentinel: Sentinel | None = None,
     ) -> None:
         if dynamics.spaces is None:
             raise ValueError(f"{type(dynamics).__name__} has not been fitted: call fit(data) or load a model first")
@@ -58,7 +61,7 @@ class World:
         self.dynamics, self.task, self.spaces = dynamics, task, dynamics.spaces
         self.sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
         self.penalty, self.penalty_weight = penalty, penalty_weight
-        self.trust, self.halt_reward = trust, halt_reward
+        self.trust, self.halt_reward, self.sentinel = trust, halt_reward, sentinel
 
     def start(self, obs: Float[Tensor, "b o"], rng: torch.Generator) -> State:
         """Return the state of lanes that begin at ``obs``, each with an elite drawn for it.
@@ -109,9 +112,11 @@ class World:
         state = self.start(obs, rng)
         episode = torch.arange(len(obs), device=obs.device)
         parts: list[tuple[Tensor, ...]] = []
-        for _ in range(horizon):
+        for number in range(1, horizon + 1):
             action = policy(state.obs)
-            after, step = self.step(state, action, rng)
+            after, step, finite = self._advance(state, action, rng)
+            if finite is not None and self.sentinel is not None:
+                told(self.sentinel, number, after.member, torch.ones_like(finite), finite)
             rows = (state.obs, action, step.reward, after.obs, step.terminated, episode)
             keep = step.trusted
             parts.append(rows if bool(keep.all()) else tuple(column[keep] for column in rows))
@@ -173,9 +178,11 @@ class World:
         state = self.start(obs.repeat_interleave(particles, dim=0), rng)
         total = torch.zeros(len(state.obs), device=obs.device)
         alive = torch.ones(len(state.obs), dtype=torch.bool, device=obs.device)
-        for actions in plans.unbind(dim=1):
+        for number, actions in enumerate(plans.unbind(dim=1), start=1):
             state, step, finite = self._advance(state, actions.repeat_interleave(particles, dim=0), rng)
             if finite is not None:
+                if self.sentinel is not None:
+                    told(self.sentinel, number, state.member, alive, finite)
                 total = torch.where(alive & ~finite, -torch.inf, total)
             alive = alive & step.trusted
             total = total + step.reward * alive
