@@ -144,15 +144,15 @@ def _packed(model: ProbabilisticEnsemble) -> Tensor:
     return torch.randn(100_000, WIDTHS[0] + WIDTHS[-1] // 2 + 1, generator=generator(0))
 
 
-def mbrl_lib(lanes: list[int]) -> tuple[list[Contestant], Contestant]:
-    """Steps and the training step of mbrl-lib with the same sizes.
+def mbrl_model() -> tuple[Any, Any]:
+    """The same ensemble by mbrl-lib with fresh weights, and 20 000 random rows in a batch of its own kind.
 
     Raises:
         ImportError: it is not installed.
     """
     import omegaconf
-    from mbrl.models import GaussianMLP, ModelEnv, ModelTrainer, OneDTransitionRewardModel
-    from mbrl.util.replay_buffer import BootstrapIterator, TransitionBatch
+    from mbrl.models import GaussianMLP, OneDTransitionRewardModel
+    from mbrl.util.replay_buffer import TransitionBatch
 
     activation = omegaconf.OmegaConf.create({"_target_": "torch.nn.SiLU"})
     net = GaussianMLP(
@@ -169,22 +169,38 @@ def mbrl_lib(lanes: list[int]) -> tuple[list[Contestant], Contestant]:
     model = OneDTransitionRewardModel(
         net, target_is_delta=True, normalize=True, learned_rewards=True, num_elites=ELITES
     )
-    n = 20_000
-    obs, action = (part.numpy() for part in inputs(n))
-    reward, never = np.zeros(n, np.float32), np.zeros(n, bool)
+    obs, action = (part.numpy() for part in inputs(20_000))
+    reward, never = np.zeros(len(obs), np.float32), np.zeros(len(obs), bool)
     batch = TransitionBatch(obs, action, obs + 0.1, reward, never, never)
     model.update_normalizer(batch)
     net.set_elite(list(range(ELITES)))
+    return model, batch
+
+
+def mbrl_env(model: Any) -> Any:
+    from mbrl.models import ModelEnv
+
     spaces = gym.spaces.Box(-np.inf, np.inf, (OBS,)), gym.spaces.Box(-1.0, 1.0, (ACTION,))
     real = type("Spaces", (), {"observation_space": spaces[0], "action_space": spaces[1]})()
+    return ModelEnv(real, model, lambda act, after: torch.zeros(len(after), 1, dtype=torch.bool), None, generator(0))
+
+
+def mbrl_lib(lanes: list[int]) -> tuple[list[Contestant], Contestant]:
+    """Steps and the training step of mbrl-lib.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    model, batch = mbrl_model()
+    from mbrl.models import ModelTrainer
+    from mbrl.util.replay_buffer import BootstrapIterator
+
     steps = []
     for wanted in lanes:
         count = wanted - wanted % ELITES
         if count:
-            env = ModelEnv(
-                real, model, lambda act, after: torch.zeros(len(after), 1, dtype=torch.bool), None, generator(0)
-            )
-            steps.append(Contestant("mbrl-lib", _lanes(wanted), count, _mbrl_step(env, count), FLOP, peer=True))
+            call = _mbrl_step(mbrl_env(model), count)
+            steps.append(Contestant("mbrl-lib", _lanes(wanted), count, call, FLOP, peer=True))
     trainer = ModelTrainer(model, optim_lr=1e-3, weight_decay=5e-5)
     batches = cycle(BootstrapIterator(batch, BATCH, MEMBERS, shuffle_each_epoch=True, rng=np.random.default_rng(0)))
     return steps, _trained("mbrl-lib", lambda: model.update(next(batches), trainer.optimizer), peer=True)

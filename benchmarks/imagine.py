@@ -1,0 +1,91 @@
+"""Imagination as MBPO does it: a policy acts inside the ensemble, and the rows go into the pool it learns from.
+
+    python benchmarks/imagine.py [--threads 1] [--seconds 0.3] [--rounds 7] [--starts 20000]
+
+Sizes are those of HalfCheetah, as in `rollout.py`, with a policy of 2 x 256 and rollouts of 5 steps. A row is an
+imagined transition; starts are drawn from the replay of real rows. The operations counted are those of one network and
+of the policy. mbrl-lib's is `rollout_model_and_populate_sac_buffer`.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from contest import Contestant, Row, Turns, main, missing
+from rollout import ACTION, FLOP, OBS, ensemble, inputs, mbrl_env, mbrl_model
+from stable_baselines3.common.logger import configure
+
+from learneddyn.agents import MBPO
+from learneddyn.core import Transitions
+
+TABLE, STEPS, WIDTH = "Imagination with the policy in the loop", 5, 256
+POLICY = 2 * WIDTH * (OBS + WIDTH + 2 * ACTION)
+
+
+def ours(starts: int, precision: str) -> Contestant:
+    agent = MBPO(
+        "MlpPolicy",
+        "HalfCheetah-v5",
+        model=ensemble(precision=precision),
+        rollout_batch=starts,
+        schedule=(0, 1, STEPS, STEPS),
+        diagnose=False,
+        device="cpu",
+        seed=0,
+    )
+    agent.set_logger(configure(None, []))
+    (obs, action), never = inputs(starts), torch.zeros(starts, dtype=torch.bool)
+    episode = torch.arange(starts)
+    agent.replay_buffer.real.add(Transitions(obs, action, obs[:, 0], obs, never, episode, agent.spaces))
+    return Contestant(precision, _case(starts), STEPS * starts, agent.imagine, FLOP + POLICY)
+
+
+def mbrl_lib(starts: int) -> Contestant:
+    """Imagination by mbrl-lib.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    model, batch = mbrl_model()
+    from mbrl.algorithms.mbpo import rollout_model_and_populate_sac_buffer
+    from mbrl.planning.sac_wrapper import SACAgent
+    from mbrl.third_party.pytorch_sac_pranz24 import SAC
+    from mbrl.util import ReplayBuffer
+
+    env = mbrl_env(model)
+    settings = SimpleNamespace(
+        gamma=0.99,
+        tau=0.005,
+        alpha=0.2,
+        policy="Gaussian",
+        target_update_interval=1,
+        automatic_entropy_tuning=True,
+        target_entropy=None,
+        hidden_size=WIDTH,
+        lr=3e-4,
+        device=torch.device("cpu"),
+    )
+    agent = SACAgent(SAC(OBS, env.action_space, settings))
+    real, pool = ReplayBuffer(starts, (OBS,), (ACTION,)), ReplayBuffer(STEPS * starts, (OBS,), (ACTION,))
+    real.add_batch(*(part[:starts] for part in batch.astuple()))
+
+    def imagine() -> None:
+        rollout_model_and_populate_sac_buffer(env, real, agent, pool, True, STEPS, starts)
+
+    return Contestant("mbrl-lib", _case(starts), STEPS * starts, imagine, FLOP + POLICY, peer=True)
+
+
+def _case(starts: int) -> str:
+    return f"{starts} starts x {STEPS} steps"
+
+
+def measure(turns: Turns, starts: int = 20_000) -> list[Row]:
+    field, absent = [ours(starts, precision) for precision in ("fp32", "bf16")], []
+    try:
+        field.append(mbrl_lib(starts))
+    except ImportError as error:
+        absent = [missing(TABLE, "mbrl-lib", error)]
+    return turns.contest(TABLE, field) + absent
+
+
+if __name__ == "__main__":
+    main(measure, __doc__, starts=20_000)
