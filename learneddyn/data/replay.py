@@ -123,6 +123,10 @@ class Replay:
         """
         other = Replay(capacity, self.obs_dim, self.action_dim, device=self.device)
         other.add_rows(self.rows())
+        self.become(other)
+
+    def become(self, other: "Replay") -> None:
+        """Take over the rows and the capacity of another replay, which must not be used any more."""
         self._rows, self._next, self._size = other._rows, other._next, other._size
 
     def clear(self) -> None:
@@ -130,11 +134,16 @@ class Replay:
         self._next = self._size = 0
 
     def save(self, path: str | Path) -> None:
-        """Write the rows to a safetensors file; a kill at any moment leaves the old file or the new one."""
+        """Write the rows to a safetensors file; a kill at any moment leaves the old file or the new one.
+
+        Every row keeps its place in the ring, so that one seed draws the same batches after `load`.
+        """
         target = Path(path)
-        card = {"format": FORMAT, "capacity": self.capacity, "obs_dim": self.obs_dim, "action_dim": self.action_dim}
+        card = {"format": FORMAT, "capacity": self.capacity, "next": self._next}
+        card |= {"obs_dim": self.obs_dim, "action_dim": self.action_dim}
         fresh = target.with_name(f".{target.name}.new")
-        write_file(fresh, save_tensors({"rows": self.rows().cpu()}, {key: str(value) for key, value in card.items()}))
+        rows = self._rows[: self._size].cpu()
+        write_file(fresh, save_tensors({"rows": rows}, {key: str(value) for key, value in card.items()}))
         fresh.replace(target)
 
     @classmethod
@@ -153,6 +162,7 @@ class Replay:
             raise ReplayFileError(f"{path} has replay format {card.get('format')!r}, this version reads {FORMAT!r}")
         replay = cls(int(card["capacity"]), int(card["obs_dim"]), int(card["action_dim"]), device=device)
         replay.add_rows(rows.to(device))
+        replay._next = int(card.get("next", replay._next))
         return replay
 
     def _indices(self, rows: int, rng: torch.Generator) -> Int[Tensor, "{rows}"]:

@@ -76,6 +76,7 @@ def test_a_saved_replay_comes_back_and_draws_the_same(tmp_path) -> None:
     back = Replay.load(tmp_path / "replay.safetensors")
     assert numbers(back) == numbers(replay)
     assert (back.capacity, back.obs_dim, back.action_dim) == (10, 2, 1)
+    assert torch.equal(back.draw(20, generator(0)), replay.draw(20, generator(0)))
     back.add(rows(14, 1))
     assert numbers(back) == list(range(5, 15))
     assert [path.name for path in tmp_path.iterdir()] == ["replay.safetensors"]
