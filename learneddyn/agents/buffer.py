@@ -1,18 +1,23 @@
 """Stable-Baselines3's view of a replay on the device."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
 from learneddyn.core import Transitions, generator
-from learneddyn.data.replay import MixedReplay, Replay
+from learneddyn.data.replay import MixedReplay, Replay, ReplayFileError
+from learneddyn.files import write_file
 
 
 class DeviceReplayBuffer(ReplayBuffer):
@@ -116,6 +121,38 @@ class DeviceReplayBuffer(ReplayBuffer):
             )
         )
         return ReplayBufferSamples(obs, batch.action, next_obs, batch.terminated[:, None], reward)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the rows and the state of the sampling into a folder; nothing in it has to be unpickled."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        self.real.save(target / "real.safetensors")
+        if self.imagined is not None:
+            self.imagined.save(target / "imagined.safetensors")
+        place = torch.tensor([self.pos, self.full])
+        write_file(target / "sampling.safetensors", save_tensors({"rng": self.rng.get_state(), "place": place}))
+
+    def restore(self, folder: str | Path) -> None:
+        """Become what `save` wrote: the same rows, the same batches to come.
+
+        Raises:
+            ReplayFileError: a file is missing, truncated, or holds rows of other spaces.
+        """
+        source = Path(folder)
+        parts = {"real": self.real} if self.imagined is None else {"real": self.real, "imagined": self.imagined}
+        read = {name: Replay.load(source / f"{name}.safetensors", self.device) for name in parts}
+        for name, part in read.items():
+            got, want = (part.obs_dim, part.action_dim), (self.real.obs_dim, self.real.action_dim)
+            if got != want:
+                raise ReplayFileError(f"{source}/{name}.safetensors has (obs, action) columns {got}, wanted {want}")
+        try:
+            sampling = load_file(source / "sampling.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise ReplayFileError(f"{source}/sampling.safetensors is not readable: {error}") from error
+        for name, part in parts.items():
+            part.become(read[name])
+        self.rng.set_state(sampling["rng"])
+        self.pos, self.full = int(sampling["place"][0]), bool(sampling["place"][1])
 
     def reset(self) -> None:
         """Forget all rows, real and imagined."""

@@ -48,14 +48,14 @@ EPOCH = 1000
 """Real steps of an epoch: the unit of the schedule of rollout lengths and of the pool's capacity."""
 
 
-def rollout_length(schedule: Sequence[float], epoch: float) -> int:
+def rollout_length(schedule: Sequence[int], epoch: int) -> int:
     """Return k at an epoch: from k0 at e0 linearly to k1 at e1, rounded down; ``schedule`` is (e0, e1, k0, k1)."""
     e0, e1, k0, k1 = schedule
     share = 1.0 if e1 <= e0 else min(max((epoch - e0) / (e1 - e0), 0.0), 1.0)
     return math.floor(k0 + share * (k1 - k0) + 1e-9)
 
 
-def pool_capacity(length: int, rollout_batch: int, refit_every: int, retain: float) -> int:
+def pool_capacity(length: int, rollout_batch: int, refit_every: int, retain: int) -> int:
     """Return the imagined rows to keep: those of ``retain`` epochs, and of one imagination at least."""
     return length * rollout_batch * max(1, math.ceil(retain * EPOCH / refit_every))
 
@@ -108,8 +108,8 @@ class Dyna(OffPolicyAlgorithm):
         real_ratio: float = 0.05,
         refit_every: int = 250,
         rollout_batch: int = 100_000,
-        schedule: Sequence[float] = (0, 1, 1, 1),
-        retain: float = 1,
+        schedule: Sequence[int] = (0, 1, 1, 1),
+        retain: int = 1,
         sampler: str | Sampler = "elite",
         imagination_noise: float = 0.0,
         learning_starts: int = 5000,
@@ -121,7 +121,7 @@ class Dyna(OffPolicyAlgorithm):
             ("refit_every", refit_every, refit_every >= 1, "at least 1"),
             ("rollout_batch", rollout_batch, rollout_batch >= 1, "at least 1"),
             ("schedule", schedule, len(schedule) == 4 and min(schedule[2:]) >= 1, "(e0, e1, k0 >= 1, k1 >= 1)"),
-            ("retain", retain, retain > 0, "above 0"),
+            ("retain", retain, retain >= 1, "at least 1"),
             ("imagination_noise", imagination_noise, imagination_noise >= 0, "at least 0"),
             ("n_steps", kwargs.get("n_steps", 1), kwargs.get("n_steps", 1) == 1, "1: imagined rows are single steps"),
         ):
@@ -139,7 +139,7 @@ class Dyna(OffPolicyAlgorithm):
         self._dynamics_card: dict[str, Any] | None = None
         self._fitted_at = self._refits = self._next_refit = 0
         self.watch = Stopwatch()
-        self._episodes: Episodes | None = None
+        self.episodes: Episodes | None = None
         kwargs |= {"learning_starts": learning_starts, "gradient_steps": gradient_steps}
         super().__init__(policy, env, *args, **kwargs)
 
@@ -314,19 +314,19 @@ class Dyna(OffPolicyAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        assert self._episodes is not None
-        self._episodes.stepped(self.policy.unscale_action(buffer_action), dones)
+        assert self.episodes is not None
+        self.episodes.stepped(self.policy.unscale_action(buffer_action), dones)
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> Any:
         assert self.env is not None, "set an environment before calling learn()"
         reset = self._last_obs is None or (args[1] if len(args) > 1 else kwargs.get("reset_num_timesteps", True))
-        if self._episodes is None:
-            self._episodes = Episodes(self.env)
+        if self.episodes is None or self.episodes.env is not self.env:
+            self.episodes = Episodes(self.env)
         if reset:
-            self._episodes.resetting()
+            self.episodes.resetting()
         found = super()._setup_learn(total_timesteps, *args, **kwargs)
         if reset:
-            self._episodes.reset()
+            self.episodes.reset()
         return found
 
     def save(self, path: Any, *args: Any, **kwargs: Any) -> None:
@@ -340,7 +340,7 @@ class Dyna(OffPolicyAlgorithm):
         super().save(path, *args, **kwargs)
 
     def _excluded_save_params(self) -> list[str]:
-        mine = ["world", "rng", "watch", "spaces", "_episodes", "_dynamics", "_low", "_range"]
+        mine = ["world", "rng", "watch", "spaces", "episodes", "_dynamics", "_low", "_range"]
         return [*super()._excluded_save_params(), *mine]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
