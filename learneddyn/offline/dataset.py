@@ -1,0 +1,134 @@
+"""What an offline learner accepts as data, and the errors for what it cannot learn from."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import gymnasium as gym
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from learneddyn import tasks
+from learneddyn.core import DataError, Task, Transitions
+from learneddyn.data.minari import load
+from learneddyn.tasks.registry import UnknownTask
+
+Data = Transitions | str | Sequence[str]
+"""Transitions, or one or several Minari ids."""
+
+
+def read(data: Data, task: Task | str | None = None, *, rewards: bool = True) -> tuple[Transitions, Task | None]:
+    """Return checked transitions and the task, which Minari data sets may name themselves.
+
+    Args:
+        data: transitions, or Minari ids.
+        task: of the real environment; None takes the one that the Minari data set names, if it is known.
+        rewards: whether the learner learns from rewards.
+
+    Raises:
+        DataError: no actions, NaN or infinity, no spaces, an action space that is no bounded Box, actions outside it, a
+            single episode, rewards that are all equal, or no terminal flag where the task has terminal states.
+        DatasetNotFound: a Minari id that is neither here nor to be had.
+        UnknownTask: a task id nobody registered.
+    """
+    if not isinstance(data, Transitions):
+        task, data = _named_task(data) if task is None else task, load(data)
+    if isinstance(task, str):
+        task = tasks.get(task)
+    return check(data, task, rewards=rewards), task
+
+
+def check(data: Transitions, task: Task | None = None, *, rewards: bool = True) -> Transitions:
+    """Return ``data`` if it can be learned from; `read` lists the errors."""
+    name = f"data set {data.source!r}" if data.source else "the data"
+    if data.action.shape[1] == 0 or (len(data) and bool(data.action.isnan().all())):
+        raise DataError(f"{name} holds no actions; label them first with an inverse dynamics model")
+    data.check()
+    if data.spaces is None:
+        raise DataError(f"{name} names no spaces: use dataclasses.replace(data, spaces=Spaces(observation, action))")
+    low, high = bounds(data.spaces.action, data.device)
+    outside = ((data.action < low - 1e-5 * (high - low)) | (data.action > high + 1e-5 * (high - low))).any(1)
+    if bool(outside.any()):
+        raise DataError(
+            f"{int(outside.sum())} of {len(data)} actions of {name} lie outside {data.spaces.action} (the first is row "
+            f"{int(outside.nonzero()[0])}); store the action that was executed, or clip it"
+        )
+    if int(data.episode.max()) == int(data.episode.min()):
+        raise DataError(
+            f"{name} is one episode of {len(data)} rows: number the episodes in the column 'episode'; where there "
+            "really is one, cut it into pieces, for example dataclasses.replace(data, episode=torch.arange(n) // 1000)"
+        )
+    if rewards and bool((data.reward == data.reward[0]).all()):
+        raise DataError(
+            f"all {len(data)} rewards of {name} equal {float(data.reward[0])}: no action can be told from another; "
+            "give it rewards, or imitate it with BC"
+        )
+    if task is not None and task.terminated is not None and not bool(data.terminated.any()):
+        ended = task.terminated(data.next_obs)
+        if bool(ended.any()):
+            raise DataError(
+                f"{name} flags no termination, but {int(ended.sum())} of its {len(data)} next observations are terminal"
+                f" states of {task.real_id} (the first is row {int(ended.nonzero()[0])}); set them with "
+                "dataclasses.replace(data, terminated=task.terminated(data.next_obs))"
+            )
+    return data
+
+
+def bounds(space: gym.Space[object], device: torch.device) -> tuple[Float[Tensor, " a"], Float[Tensor, " a"]]:
+    """Return the flat bounds of a bounded Box of actions.
+
+    Raises:
+        DataError: the space is something else.
+    """
+    if not isinstance(space, gym.spaces.Box) or not space.is_bounded("both") or bool((space.low == space.high).any()):
+        raise DataError(f"offline learners need a bounded Box as action space, got {space}")
+    sides = (np.asarray(side, np.float32).reshape(-1) for side in (space.low, space.high))
+    low, high = (torch.as_tensor(side, device=device) for side in sides)
+    return low, high
+
+
+def scaled(data: Transitions) -> Transitions:
+    """Return the same rows with actions scaled from their box to [-1, 1]."""
+    assert data.spaces is not None
+    low, high = bounds(data.spaces.action, data.device)
+    return replace(data, action=((data.action - low) / (high - low) * 2 - 1).clamp(-1, 1))
+
+
+def next_actions(data: Transitions) -> tuple[Float[Tensor, "n a"], Bool[Tensor, " n"]]:
+    """Return the action that followed each row, and whether the log holds it (not at the end of an episode)."""
+    known = torch.zeros(len(data), dtype=torch.bool, device=data.device)
+    known[:-1] = data.episode[1:] == data.episode[:-1]
+    known &= ~data.terminated
+    return data.action.roll(-1, 0) * known[:, None], known
+
+
+def return_range(data: Transitions) -> float:
+    """Return the largest minus the smallest return of an episode.
+
+    Raises:
+        DataError: all episodes have the same return.
+    """
+    number = torch.unique_consecutive(data.episode, return_inverse=True)[1]
+    returns = torch.zeros(int(number[-1]) + 1, dtype=torch.float64, device=data.device)
+    returns.index_add_(0, number, data.reward.double())
+    spread = float(returns.max() - returns.min())
+    if spread == 0:
+        raise DataError(
+            f"all {len(returns)} episodes have the same return ({float(returns[0]):g}), so rewards cannot be scaled by "
+            "the range of returns; pass reward_scale as a number"
+        )
+    return spread
+
+
+def _named_task(data: str | Sequence[str]) -> Task | None:
+    """Return the task of the environment that a Minari data set was collected in, if it is known."""
+    import minari
+
+    first = data if isinstance(data, str) else data[0]
+    load(data, max_episodes=1)  # fetches it, or says why it cannot be had
+    spec = minari.load_dataset(first).env_spec
+    try:
+        return None if spec is None else tasks.get(spec.id)
+    except (UnknownTask, ModuleNotFoundError):
+        return None

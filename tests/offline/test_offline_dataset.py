@@ -1,0 +1,109 @@
+from dataclasses import replace
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+import torch
+
+from learneddyn import tasks
+from learneddyn.core import DataError, Task, Transitions
+from learneddyn.data import collect
+from learneddyn.offline import BC, IQL, TD3BC
+from learneddyn.offline.dataset import next_actions, read, return_range, scaled
+from learneddyn.spaces import Spaces
+from learneddyn.tasks.endless import never
+
+
+def spoilt(log: Transitions, case: str) -> Transitions:
+    nan = log.obs.clone()
+    nan[7, 1] = torch.nan
+    box, far = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32), log.action.clone()
+    far[5] = 1.5
+    flat, discrete = Spaces(log.spaces.observation, box), Spaces(log.spaces.observation, gym.spaces.Discrete(2))
+    return {
+        "nan": lambda: replace(log, obs=nan),
+        "no rows": lambda: log[:0],
+        "one episode": lambda: replace(log, episode=torch.zeros_like(log.episode)),
+        "equal rewards": lambda: replace(log, reward=torch.full_like(log.reward, 2.5)),
+        "no actions": lambda: replace(log, action=log.action[:, :0], spaces=None),
+        "nan actions": lambda: replace(log, action=torch.full_like(log.action, torch.nan)),
+        "no spaces": lambda: replace(log, spaces=None),
+        "unbounded": lambda: replace(log, spaces=flat),
+        "discrete": lambda: replace(log, spaces=discrete),
+        "outside": lambda: replace(log, action=far),
+    }[case]()
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("nan", "1 of 400 rows hold NaN or infinity in 'obs', the first is row 7"),
+        ("no rows", "no transitions"),
+        ("one episode", "one episode of 400 rows"),
+        ("equal rewards", "all 400 rewards .* equal 2.5"),
+        ("no actions", "holds no actions"),
+        ("nan actions", "holds no actions"),
+        ("no spaces", "names no spaces"),
+        ("unbounded", "bounded Box as action space"),
+        ("discrete", "bounded Box as action space, got Discrete"),
+        ("outside", "1 of 400 actions .* lie outside .* row 5"),
+    ],
+)
+def test_bad_data_is_named(log, case, message):
+    with pytest.raises(DataError, match=message):
+        IQL("MlpPolicy", spoilt(log, case), device="cpu")
+
+
+def test_missing_terminal_flags_are_found_by_the_task(log):
+    task = Task("Example-v0", terminated=lambda next_obs: next_obs[:, 0] > 1.2)
+    bare = replace(log, terminated=torch.zeros_like(log.terminated))
+    assert bool(log.terminated.any())
+    read(log, task)
+    read(bare, Task("Example-v0", terminated=never))
+    with pytest.raises(DataError, match=r"flags no termination, but .* terminal states of Example-v0"):
+        TD3BC("MlpPolicy", bare, task=task, device="cpu")
+
+
+def test_cloning_needs_no_rewards(log):
+    BC("MlpPolicy", spoilt(log, "equal rewards"), device="cpu")
+
+
+def test_returns_that_are_all_equal_cannot_scale_rewards(log):
+    rows = log[:12]
+    twice = Transitions.cat([rows, rows])
+    assert len(set(rows.episode.tolist())) == 1
+    with pytest.raises(DataError, match="all 2 episodes have the same return"):
+        IQL("MlpPolicy", twice, device="cpu")
+    IQL("MlpPolicy", twice, reward_scale=0.1, device="cpu")
+
+
+def test_return_range(log):
+    returns = [float(log.reward[log.episode == number].double().sum()) for number in log.episode.unique()]
+    assert return_range(log) == pytest.approx(max(returns) - min(returns))
+
+
+def test_next_actions_stay_within_their_episode(log):
+    following, known = next_actions(log)
+    for row in range(len(log)):
+        inside = row + 1 < len(log) and log.episode[row + 1] == log.episode[row] and not log.terminated[row]
+        assert bool(known[row]) == bool(inside)
+        wanted = log.action[row + 1] if inside else torch.zeros(2)
+        assert torch.equal(following[row], wanted)
+
+
+def test_actions_are_scaled_to_their_box(log):
+    box = gym.spaces.Box(np.array([0, -3], np.float32), np.array([4, 1], np.float32))
+    data = replace(log, action=torch.tensor([[0.0, -3.0], [4.0, 1.0], [2.0, -1.0], [3.0, 0.0]]).repeat(100, 1))
+    data = scaled(replace(data, spaces=Spaces(log.spaces.observation, box)))
+    wanted = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0], [0.5, 0.5]])
+    torch.testing.assert_close(data.action[:4], wanted)
+
+
+def test_minari_ids_bring_their_task(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    collect("Pendulum-v1", "mine/pendulum-v0", steps=450, progress=False)
+    agent = BC("MlpPolicy", "mine/pendulum-v0", seed=0, device="cpu")
+    assert agent.task == tasks.get("Pendulum-v1")
+    assert len(agent.replay) == 450
+    assert minari.load_dataset("mine/pendulum-v0").env_spec.id == "Pendulum-v1"
