@@ -23,7 +23,7 @@ from tqdm import tqdm
 from learneddyn.core import DataError, Outcome, Prediction, Transitions
 from learneddyn.models.base import AbstractDynamics, FitReport
 from learneddyn.models.gradients import TIGHTNESS, Gradients
-from learneddyn.models.rollout import Parts, Snapshot
+from learneddyn.models.rollout import Answer, Parts, Snapshot
 from learneddyn.spaces import Spaces
 
 # A column that never changes is copied, not learned; its noise is far below anything a task can feel.
@@ -100,8 +100,8 @@ class ProbabilisticEnsemble(AbstractDynamics):
         patience: epochs without progress before training stops.
         max_epochs: upper bound of epochs, None for no bound.
         bootstrap: draw each network's rows with replacement; False gives all networks the same rows.
-        precision: ``"bf16"`` lets `sample` compute the layers of two rows or more in bfloat16; `predict`, and with it
-            every metric and penalty, stays in float32.
+        precision: ``"bf16"`` lets rollouts (`sample` of two rows or more, and `sample_and_predict`, which a penalty
+            asks) compute their layers in bfloat16; `predict`, and with it every metric, stays in float32.
         training_precision: ``"bf16"`` lets `fit` compute layers and their gradients in bfloat16; weights, loss and
             optimiser stay in float32.
 
@@ -235,22 +235,7 @@ class ProbabilisticEnsemble(AbstractDynamics):
             ValueError: the ensemble has not been fitted.
         """
         self._require_fitted()
-        if frozen := self._frozen_for(obs, action):
-            mean, std, logit = frozen.networks.every(self._inputs(obs, action))
-        else:
-            x = self._standardised(obs, action)
-            heads = self._networks(x.expand(self.num_members, -1, -1))
-            (mean, std), logit = self._in_units(heads), heads.ended
-        o = obs.shape[1]
-        return Prediction(
-            mean=mean[..., :o].addcmul(self.relative, obs),
-            std=std[..., :o],
-            elites=self.elites,
-            reward_mean=mean[..., o] if self.learn_reward else None,
-            reward_std=std[..., o] if self.learn_reward else None,
-            terminated=None if logit is None else logit.sigmoid(),
-            memory=memory,
-        )
+        return self._prediction(obs, self._every(obs, action, half=False), memory)
 
     def sample(
         self,
@@ -272,15 +257,64 @@ class ProbabilisticEnsemble(AbstractDynamics):
         if frozen and obs.shape[0] == 1 and obs.is_cpu:
             return Outcome(*self._sample_one(frozen, obs, action, member, rng, noise), memory)
         if frozen:
-            mean, std, logit = frozen.networks.grouped(self._inputs(obs, action), member)
+            answer = frozen.networks.grouped(self._inputs(obs, action), member)
         else:
             heads = self._one_per_row(obs, action, member)
-            (mean, std), logit = self._in_units(heads), heads.ended
+            answer = Answer(*self._in_units(heads), heads.ended)
+        return self._outcome(obs, answer, rng, memory, noise)
+
+    def sample_and_predict(
+        self,
+        obs: Float[Tensor, "b o"],
+        action: Float[Tensor, "b a"],
+        member: Int[Tensor, " b"],
+        rng: torch.Generator,
+        memory: Float[Tensor, "b m"] | None = None,
+        *,
+        noise: bool = True,
+    ) -> tuple[Outcome, Prediction]:
+        """Return what `sample` and `predict` say about the same rows, for the price of `predict`.
+
+        The draws are those of `sample`; the layers are computed at ``precision``.
+
+        Raises:
+            ValueError: the ensemble has not been fitted.
+        """
+        self._require_fitted()
+        answer = self._every(obs, action, half=True)
+        rows = member, torch.arange(len(member), device=member.device)
+        own = Answer(answer.mean[rows], answer.std[rows], None if answer.ended is None else answer.ended[rows])
+        return self._outcome(obs, own, rng, memory, noise), self._prediction(obs, answer, memory)
+
+    def _every(self, obs: Tensor, action: Tensor, *, half: bool) -> Answer:
+        """Ask every member about the targets."""
+        if frozen := self._frozen_for(obs, action):
+            return frozen.networks.every(self._inputs(obs, action), half)
+        heads = self._networks(self._standardised(obs, action).expand(self.num_members, -1, -1))
+        return Answer(*self._in_units(heads), heads.ended)
+
+    def _prediction(self, obs: Tensor, answer: Answer, memory: Tensor | None) -> Prediction:
+        o = obs.shape[1]
+        return Prediction(
+            mean=answer.mean[..., :o].addcmul(self.relative, obs),
+            std=answer.std[..., :o],
+            elites=self.elites,
+            reward_mean=answer.mean[..., o] if self.learn_reward else None,
+            reward_std=answer.std[..., o] if self.learn_reward else None,
+            terminated=None if answer.ended is None else answer.ended.sigmoid(),
+            memory=memory,
+        )
+
+    def _outcome(
+        self, obs: Tensor, answer: Answer, rng: torch.Generator, memory: Tensor | None, noise: bool
+    ) -> Outcome:
+        """Draw from one member's answer per row."""
+        mean, ended = answer.mean, None
         if noise:
-            mean = mean.addcmul(std, torch.randn(mean.shape, generator=rng, device=mean.device))
-        ended = None
-        if logit is not None:
-            ended = logit.sigmoid() > (torch.rand(len(obs), generator=rng, device=obs.device) if noise else 0.5)
+            mean = mean.addcmul(answer.std, torch.randn(mean.shape, generator=rng, device=mean.device))
+        if answer.ended is not None:
+            threshold = torch.rand(len(obs), generator=rng, device=obs.device) if noise else 0.5
+            ended = answer.ended.sigmoid() > threshold
         o = obs.shape[1]
         reward = mean[:, o] if self.learn_reward else None
         return Outcome(mean[:, :o].addcmul(self.relative, obs), reward, ended, memory)
@@ -294,9 +328,9 @@ class ProbabilisticEnsemble(AbstractDynamics):
         if self.angles:
             angle = now[frozen.angle]
             parts = [now[frozen.plain], np.cos(angle), np.sin(angle), push]
-        row, std, logit = frozen.networks.one(np.concatenate(parts), int(member))
+        row, std, logit = frozen.networks.one(np.concatenate(parts), int(member.item()))
         if noise:
-            std *= torch.randn((1, len(row)), generator=rng).numpy()[0]
+            std *= torch.randn(len(row), generator=rng).numpy()
             row += std
         ended = None
         if logit is not None:
@@ -523,8 +557,8 @@ class ProbabilisticEnsemble(AbstractDynamics):
         if torch.compiler.is_compiling():
             return None
         # Through the dictionaries: this runs at every step, and modules take a microsecond per attribute.
-        held = self.weights._parameters, self.biases._parameters, self._parameters, self._buffers
-        tensors: list[Tensor] = [tensor for group in held for tensor in group.values() if tensor is not None]
+        layers = self.weights._parameters.values(), self.biases._parameters.values()
+        tensors: list[Any] = [*layers[0], *layers[1], *self._parameters.values(), *self._buffers.values()]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (obs, action, *tensors)):
             return None
         # PyTorch counts the in-place writes of a tensor; a swapped tensor, device or storage changes the address, as

@@ -11,7 +11,7 @@ cancel digits, and the two operations cost less than a hundredth of a step.
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -82,65 +82,63 @@ class Snapshot:
             self._one = _OneRow(self._full, units, q)
 
     def one(self, x: Float32[np.ndarray, " i"], member: int) -> tuple[np.ndarray, np.ndarray, float | None]:
-        """Return mean, standard deviation and termination logit of one row of features; on the CPU, in float32."""
+        """Return mean, standard deviation and termination logit of one row of features; on the CPU, in float32.
+
+        Writes into ``x``.
+        """
         return self._one(x, member)
 
     def grouped(self, x: Float[Tensor, "b i"], member: Int[Tensor, " b"]) -> Answer:
         """Ask one member per row. Waits for the device once, for the size of the groups."""
         order = member.argsort()
-        counts = torch.bincount(member, minlength=self._full.members).tolist()
-        rows = x.index_select(0, order).sub_(self._input_mean).mul_(self._input_gain).to(self._fast.weights[0].dtype)
-        out = self._buffers.take("out", x, len(x), self._width)
+        counts = tuple(torch.bincount(member, minlength=self._full.members).tolist())
         # In bfloat16 every product first reorders its weights, so that fewer products pay.
-        alone = _ALONE if rows.dtype == torch.float32 else len(x) + 1
-        for block in _blocks(counts, _BYTES // rows.itemsize, alone):
-            parts = [rows[part.window : part.window + block.rows] for part in block.parts]
-            h = parts[0] if len(parts) == 1 else torch.stack(parts)
-            answers = self._through(self._fast.of(block.members), h).view(len(parts), block.rows, -1)
-            for answer, part in zip(answers, block.parts, strict=True):
-                skipped = part.first - part.window
-                out[part.first : part.last] = answer[skipped : skipped + part.last - part.first]
+        alone = _ALONE if self._fast is self._full else len(x) + 1
+        layout = _layout(counts, _BYTES // self._fast.itemsize, alone, x.device)
+        rows = self._standardised(x.index_select(0, order[layout.window]), self._fast)
+        out = self._buffers.take("out", rows, len(rows), self._width)
+        for block in layout.blocks:
+            self._through(self._fast.of(block.members), block.of(rows), block.of(out))
         place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        return self._answer(out.index_select(0, place))
+        place[order] = layout.place
+        return self._answer(out.index_select(0, place).float())
 
-    def every(self, x: Float[Tensor, "b i"]) -> Answer:
-        """Ask every member about every row, in float32."""
-        features = (x - self._input_mean) * self._input_gain
-        shape = (self._full.members, len(x), self._targets)
-        mean, std = x.new_empty(shape), x.new_empty(shape)
-        ended = x.new_empty(shape[:2]) if self._ends else None
-        size, everyone = _BYTES // x.itemsize, tuple(range(len(mean)))
-        for members in [(member,) for member in everyone] if len(x) >= _ALONE else [everyone]:
-            layers, chosen = self._full.of(members), slice(members[0], members[-1] + 1)
-            for start in range(0, len(x), size):
-                rows = slice(start, start + size)
-                h = features[rows] if len(members) == 1 else features[rows].expand(len(members), -1, -1)
-                part = self._answer(self._through(layers, h))
-                mean[chosen, rows], std[chosen, rows] = part.mean, part.std
-                if ended is not None and part.ended is not None:
-                    ended[chosen, rows] = part.ended
+    def every(self, x: Float[Tensor, "b i"], half: bool = False) -> Answer:
+        """Ask every member about every row; ``half`` lets bfloat16 layers answer if the snapshot has them."""
+        networks = self._fast if half else self._full
+        rows, size = self._standardised(x.clone(), networks), _BYTES // networks.itemsize
+        mean, std = (x.new_empty(networks.members, len(x), self._targets) for _ in range(2))
+        ended = x.new_empty(mean.shape[:2]) if self._width > 2 * self._targets else None
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            h = rows[part].expand(networks.members, -1, -1)
+            out = self._through(networks, h, self._buffers.take("out", h, *h.shape[:-1], self._width))
+            answer = self._answer(out.float(), std[:, part])
+            mean[:, part] = answer.mean
+            if ended is not None and answer.ended is not None:
+                ended[:, part] = answer.ended
         return Answer(mean, std, ended)
 
-    @property
-    def _ends(self) -> bool:
-        return self._width > 2 * self._targets
+    def _standardised(self, x: Float[Tensor, "b i"], networks: "_Layers") -> Float[Tensor, "b i"]:
+        """Return the inputs of these networks, computed in the memory of ``x``."""
+        return x.sub_(self._input_mean).mul_(self._input_gain).to(networks.weights[0].dtype)
 
-    def _through(self, layers: "_Layers", h: Float[Tensor, "*k c i"]) -> Float[Tensor, "*k c w"]:
-        """Return the raw outputs; valid until the next call of this thread."""
-        last = len(layers.weights) - 1
+    def _through(self, layers: "_Layers", h: Float[Tensor, "*k c i"], out: Float[Tensor, "*k c w"]) -> Tensor:
+        """Write the raw outputs into ``out``, and return it."""
+        last, product = len(layers.weights) - 1, torch.addmm if h.ndim == 2 else torch.baddbmm
         for layer, (weight, bias) in enumerate(zip(layers.weights, layers.biases, strict=True)):
-            # Fresh memory costs more than the bias and the activation together.
-            to = self._buffers.take(f"hidden {layer % 2}", h, *h.shape[:-1], weight.shape[-1])
-            h = torch.addmm(bias, h, weight, out=to) if h.ndim == 2 else torch.bmm(h, weight, out=to).add_(bias)
+            # Fresh memory costs more than the activation.
+            to = out if layer == last else self._buffers.take(f"h{layer % 2}", h, *h.shape[:-1], weight.shape[-1])
+            h = product(bias, h, weight, out=to)
             if layer < last:
                 silu(h, inplace=True)
-        return h
+        return out
 
-    def _answer(self, out: Float[Tensor, "*e b w"]) -> Answer:
+    def _answer(self, out: Float[Tensor, "*e b w"], std: Float[Tensor, "*e b q"] | None = None) -> Answer:
+        """Return what raw float32 outputs mean, with standard deviations in the memory ``std`` if that is given."""
         q = self._targets
-        std = out[..., q : 2 * q].sigmoid().mul_(self._range).add_(self._least).sqrt_()
-        return Answer(out[..., :q], std, out[..., -1] if self._ends else None)
+        std = torch.sigmoid(out[..., q : 2 * q], out=std).mul_(self._range).add_(self._least).sqrt_()
+        return Answer(out[..., :q], std, out[..., -1] if self._width > 2 * q else None)
 
 
 class _Layers:
@@ -148,6 +146,7 @@ class _Layers:
 
     def __init__(self, weights: list[Float[Tensor, "*e _ _"]], biases: list[Float[Tensor, "*e 1 _"]]) -> None:
         self.weights, self.biases, self.members = weights, biases, len(weights[0])
+        self.itemsize = weights[0].itemsize
         self.of = lru_cache(maxsize=64)(self._of)
 
     def _of(self, members: tuple[int, ...]) -> "_Layers":
@@ -165,15 +164,15 @@ class _Buffers(threading.local):
     """Memory that calls use again, apart for every thread; its content is lost at the next call."""
 
     def __init__(self) -> None:
-        self._memory: dict[str, Tensor] = {}
+        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """Return memory of this shape, of the type and on the device of ``like``."""
-        size, held = math.prod(shape), self._memory.get(name)
-        if held is None or len(held) < size or held.dtype != like.dtype:
+        size, held = math.prod(shape), self._memory.get((name, like.dtype))
+        if held is None or len(held) < size:
             # Memory made in inference mode could not be written outside of it.
             with torch.inference_mode(False):
-                held = self._memory[name] = torch.empty(size, dtype=like.dtype, device=like.device)
+                held = self._memory[name, like.dtype] = torch.empty(size, dtype=like.dtype, device=like.device)
         return held[:size].view(shape)
 
 
@@ -195,17 +194,21 @@ class _OneRow:
         q = self._targets
         # An exponential that overflows gives the right quotient, zero; what is not finite, the world refuses.
         with np.errstate(over="ignore", invalid="ignore"):
-            h = x - self._mean
-            h *= self._gain
+            x -= self._mean
+            x *= self._gain
             for half_weight, half_bias in hidden:
-                h = half_weight.dot(h)
+                h = half_weight.dot(x)
                 h += half_bias
-                gate = np.tanh(h)
-                gate += 1
-                h *= gate
-            out = weight.dot(h)
+                x = np.tanh(h)
+                x += 1
+                x *= h
+            out = weight.dot(x)
             out += bias
-            std = np.sqrt(self._least + self._range / (1 + np.exp(-out[q : 2 * q])))
+            std = np.exp(-out[q : 2 * q])
+            std += 1
+            np.divide(self._range, std, out=std)
+            std += self._least
+            np.sqrt(std, out=std)
         return out[:q], std, float(out[-1]) if len(out) > 2 * q else None
 
     def _transposed(self, member: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray, np.ndarray]:
@@ -215,23 +218,31 @@ class _OneRow:
         return hidden, weights[-1], biases[-1]
 
 
-class _Part(NamedTuple):
-    """Sorted rows of one member: those from ``first`` to ``last`` lie in the block that begins at ``window``."""
-
-    window: int
-    first: int
-    last: int
-
-
 class _Block(NamedTuple):
-    """As many rows of every member named, to go through the networks together."""
+    """As many rows of every member named, which go through the networks together: a stretch of the laid out rows."""
 
     members: tuple[int, ...]
-    parts: list[_Part]
+    start: int
     rows: int
 
+    def of(self, laid_out: Float[Tensor, "p _"]) -> Float[Tensor, "*k c _"]:
+        """Return this block's rows, without the axis of members if there is only one."""
+        part, many = laid_out[self.start : self.start + len(self.members) * self.rows], len(self.members)
+        return part if many == 1 else part.view(many, self.rows, -1)
 
-def _blocks(counts: list[int], most: int, alone: int) -> Iterator[_Block]:
+
+class _Layout(NamedTuple):
+    """Where rows that are sorted by member stand while they go through the networks, some of them twice."""
+
+    blocks: list[_Block]
+    window: Int[Tensor, " p"]
+    """The sorted row that stands at each place."""
+    place: Int[Tensor, " b"]
+    """The place where each sorted row is answered."""
+
+
+@lru_cache(maxsize=32)
+def _layout(counts: tuple[int, ...], most: int, alone: int, device: torch.device) -> _Layout:
     """Cut rows that are sorted by member, ``counts`` of each, into blocks of at most ``most`` rows per member.
 
     Members go together, unless one has ``alone`` rows or rows computed in vain would cost more than calls. All blocks
@@ -243,12 +254,16 @@ def _blocks(counts: list[int], most: int, alone: int) -> Iterator[_Block]:
     longest = max(counts)
     vain = len(used) * longest - rows
     together = longest < alone and vain <= _ROWS_PER_MEMBER * len(used) + rows // 20
+    blocks, windows, place, laid = [], [np.zeros(0, np.int64)], np.zeros(rows, np.int64), 0
     for group in [used] if together and used else [[one] for one in used]:
         longest = max(count for _, _, count in group)
         size = -(-longest // -(-longest // most))
         for begin in range(0, longest, size):
-            parts = []
+            blocks.append(_Block(tuple(member for member, _, _ in group), laid, size))
             for _, start, count in group:
                 first, last = start + min(begin, count), start + min(begin + size, count)
-                parts.append(_Part(max(0, min(first, rows - size)), first, last))
-            yield _Block(tuple(member for member, _, _ in group), parts, size)
+                window = max(0, min(first, rows - size))
+                windows.append(np.arange(window, window + size))
+                place[first:last] = np.arange(laid + first - window, laid + last - window)
+                laid += size
+    return _Layout(blocks, *(torch.from_numpy(each).to(device) for each in (np.concatenate(windows), place)))

@@ -11,12 +11,13 @@ A Sampler chooses the member of every row; the model then pays for one member pe
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from learneddyn.core import Dynamics, Outcome, State
+from learneddyn.core import Dynamics, Outcome, Prediction, State
 
 Sampler = Callable[[State, Float[Tensor, "b a"], Dynamics, torch.Generator], tuple[State, Outcome]]
 
@@ -66,3 +67,46 @@ SAMPLERS: dict[str, Sampler] = {"mean": mean, "ts1": ts1, "tsinf": tsinf, "elite
 def _ask(state: State, action: Tensor, dynamics: Dynamics, rng: torch.Generator) -> tuple[State, Outcome]:
     outcome = dynamics.sample(state.obs, action, state.member, rng, state.memory)
     return State(outcome.next_obs, state.member, outcome.memory), outcome
+
+
+class Heard:
+    """A model that a sampler asks, and that keeps what every member said: a penalty then need not ask again.
+
+    A model with ``sample_and_predict`` (see `learneddyn.models.ensemble`) answers both by one pass. Of a model without,
+    and of a sampler that asks about other rows than ``obs`` and ``action`` themselves, nothing is kept.
+    """
+
+    def __init__(self, dynamics: Dynamics, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"]) -> None:
+        self.prediction: Prediction | None = None
+        self._dynamics, self._obs, self._action = dynamics, obs, action
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dynamics, name)
+
+    def predict(self, obs: Tensor, action: Tensor, memory: Tensor | None = None) -> Prediction:
+        """Ask every member."""
+        prediction = self._dynamics.predict(obs, action, memory)
+        return self._kept(prediction, obs, action)
+
+    def sample(
+        self,
+        obs: Tensor,
+        action: Tensor,
+        member: Tensor,
+        rng: torch.Generator,
+        memory: Tensor | None = None,
+        *,
+        noise: bool = True,
+    ) -> Outcome:
+        """Ask one member per row."""
+        both = getattr(self._dynamics, "sample_and_predict", None)
+        if both is None:
+            return self._dynamics.sample(obs, action, member, rng, memory, noise=noise)
+        outcome, prediction = both(obs, action, member, rng, memory, noise=noise)
+        self._kept(prediction, obs, action)
+        return outcome
+
+    def _kept(self, prediction: Prediction, obs: Tensor, action: Tensor) -> Prediction:
+        if obs is self._obs and action is self._action:
+            self.prediction = prediction
+        return prediction

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from learneddyn.core import ActionFn, Dynamics, Outcome, Penalty, State, Step, Task, Transitions
 from learneddyn.models.base import AbstractDynamics
-from learneddyn.world.sampling import SAMPLERS, Sampler, draw_members
+from learneddyn.world.sampling import SAMPLERS, Heard, Sampler, draw_members
 from learneddyn.world.sentinel import Sentinel, told
 from learneddyn.world.trust import Trust, all_trusted
 
@@ -193,14 +193,18 @@ class World:
         self, state: State, action: Float[Tensor, "b a"], rng: torch.Generator
     ) -> tuple[State, Step, Bool[Tensor, " b"] | None]:
         """Advance every lane; the last value says which rows came out finite, None that all are known to."""
-        after, outcome = self.sampler(state, action, self.dynamics, rng)
-        reward = self._reward(state.obs, action, outcome)
-        if self.penalty is not None and self.penalty_weight:
-            prediction = self.dynamics.predict(state.obs, action, state.memory)
-            reward = reward - self.penalty_weight * self.penalty(state.obs, action, prediction, after)
+        if self.penalty is None or not self.penalty_weight:
+            after, outcome = self.sampler(state, action, self.dynamics, rng)
+            reward = self._reward(state.obs, action, outcome)
+        else:
+            heard = Heard(self.dynamics, state.obs, action)
+            after, outcome = self.sampler(state, action, heard, rng)
+            prediction = heard.prediction or self.dynamics.predict(state.obs, action, state.memory)
+            penalty = self.penalty(state.obs, action, prediction, after)
+            reward = self._reward(state.obs, action, outcome) - self.penalty_weight * penalty
         finite = None if _all_finite(outcome.next_obs, reward) else _finite_rows(outcome.next_obs, reward)
         if finite is None:
-            after = after._replace(obs=outcome.next_obs)
+            after = after if after.obs is outcome.next_obs else after._replace(obs=outcome.next_obs)
         else:
             after = after._replace(obs=torch.where(finite[:, None], outcome.next_obs, state.obs))
             reward = torch.where(finite, reward, torch.zeros_like(reward))
@@ -255,6 +259,8 @@ def _all_finite(next_obs: Float[Tensor, "b o"], reward: Float[Tensor, " b"]) -> 
 
     False says nothing (finite numbers may add up to infinity), and is the answer where to know would wait for a device.
     """
+    if len(reward) == 1 and next_obs.is_cpu:  # Python adds a single row faster than PyTorch
+        return math.isfinite(sum(next_obs.tolist()[0]) + reward.item())
     return next_obs.is_cpu and math.isfinite(next_obs.sum().item() + reward.sum().item())
 
 
