@@ -1,0 +1,140 @@
+"""Learn in the real environment, judge on the way, and go on after a kill as if nothing had happened.
+
+A run of one seed is a folder: ``curve.json`` (one mark per judgement), ``checkpoint/`` (`learneddyn.agents.checkpoint`,
+for model-based agents), ``agent.zip`` (SB3's, at the end) and SB3's logs.
+"""
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
+
+from learneddyn.agents import Dyna
+from learneddyn.agents.checkpoint import load_checkpoint, save_checkpoint
+from learneddyn.core import Json
+from learneddyn.evaluation import evaluate
+from learneddyn.files import replace_file, surviving_folder
+from learneddyn.runs.seeds import Notify, silent
+
+JUDGE_SEED = 10_000
+"""Judged episodes are the same at every mark, and not those of training."""
+
+
+class Mark(NamedTuple):
+    """One judgement: real steps learned from, returns of the deterministic policy, CPU seconds of learning, figures."""
+
+    real_steps: int
+    returns: list[float]
+    cpu_seconds: float
+    figures: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        """Mean return."""
+        return sum(self.returns) / len(self.returns)
+
+
+def learn_online(
+    make: Callable[[gym.Env[Any, Any]], BaseAlgorithm],
+    env_id: str,
+    folder: Path,
+    *,
+    steps: int,
+    judge_every: int = 1000,
+    episodes: int = 5,
+    seed: int = 0,
+    device: str = "cpu",
+    notify: Notify = silent,
+) -> list[Mark]:
+    """Learn for ``steps`` real steps, and judge every ``judge_every`` of them, at the end too.
+
+    A folder that holds a checkpoint is gone on with: the marks after it are dropped and made again, bit-equal where the
+    environment allows it. Agents that are no `Dyna` have no checkpoints, and begin anew.
+
+    Args:
+        make: the agent for an environment; called again for a resumed run, to know its class.
+        env_id: Gymnasium id.
+        folder: of this seed, made if missing.
+        steps: real steps in all.
+        judge_every: real steps between two judgements (and checkpoints).
+        episodes: per judgement.
+        seed: of the judged episodes.
+        device: of agent and model.
+        notify: told how far it is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    env = gym.make(env_id)
+    agent = make(env)
+    marks: list[Mark] = []
+    if isinstance(agent, Dyna) and surviving_folder(folder / "checkpoint").exists():
+        agent = load_checkpoint(type(agent), folder / "checkpoint", env, device)
+        marks = [mark for mark in read_marks(folder) if mark.real_steps <= agent.num_timesteps]
+    left = steps - agent.num_timesteps
+    if left > 0:
+        sinks = ["csv", "tensorboard"] if importlib.util.find_spec("tensorboard") else ["csv"]
+        agent.set_logger(configure(str(folder / f"log-{agent.num_timesteps}"), sinks))
+        judge = _Judge(env_id, folder, marks, judge_every, episodes, seed, notify, steps)
+        agent.learn(left, callback=judge, reset_num_timesteps=agent.num_timesteps == 0)
+        judge.judge()
+        agent.logger.close()
+        agent.save(folder / "agent.zip")
+    env.close()
+    return marks
+
+
+def read_marks(folder: Path) -> list[Mark]:
+    """Return the marks in a folder, none if there are none."""
+    path = folder / "curve.json"
+    return [Mark(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+
+
+class _Judge(BaseCallback):
+    """Judges and saves between two steps."""
+
+    def __init__(
+        self,
+        env_id: str,
+        folder: Path,
+        marks: list[Mark],
+        every: int,
+        episodes: int,
+        seed: int,
+        notify: Notify,
+        steps: int,
+    ) -> None:
+        super().__init__()
+        self.env_id, self.folder, self.marks, self.every, self.episodes = env_id, folder, marks, every, episodes
+        self.seed, self.notify, self.steps = seed, notify, steps
+        self.spent = marks[-1].cpu_seconds if marks else 0.0
+        self.begun = time.process_time()
+
+    def _on_rollout_start(self) -> None:
+        last = self.marks[-1].real_steps if self.marks else 0
+        if self.num_timesteps and self.num_timesteps // self.every > last // self.every:
+            self.judge()
+
+    def judge(self) -> None:
+        """Add a mark for now, unless there is one."""
+        steps = self.model.num_timesteps
+        if self.marks and self.marks[-1].real_steps == steps:
+            return
+        spent = self.spent + time.process_time() - self.begun
+        real = evaluate(self.model, self.env_id, episodes=self.episodes, seed=JUDGE_SEED + self.seed)
+        figures = dict(self.model.figures) if isinstance(self.model, Dyna) else {}
+        self.marks.append(Mark(steps, [float(value) for value in real.returns], round(spent, 1), figures))
+        entries: list[Json] = [mark._asdict() for mark in self.marks]
+        replace_file(self.folder / "curve.json", json.dumps(entries).encode())
+        if isinstance(self.model, Dyna):
+            save_checkpoint(self.model, self.folder / "checkpoint")
+        self.notify(f"{steps} real steps: return {real.mean:.4g}", steps / self.steps)
+        self.spent, self.begun = spent, time.process_time()
+
+    def _on_step(self) -> bool:
+        return True
