@@ -111,6 +111,6 @@ def _gradient(scores: Float[Tensor, "b s"], x: Float[Tensor, "b s h a"]) -> Floa
             "GradientPlanner needs a score with a gradient; this one has none: its world is the truth, its reward "
             "ignores states and actions, or it computes without autograd"
         )
-    (gradient,) = torch.autograd.grad(scores.where(scores.isfinite(), 0.0).sum(), x)
+    (gradient,) = torch.autograd.grad(scores, x, torch.ones_like(scores).where(scores.isfinite(), 0.0))
     usable = (gradient.isfinite()).flatten(2).all(dim=2) & scores.isfinite()
     return torch.where(usable[:, :, None, None], gradient, 0.0)
