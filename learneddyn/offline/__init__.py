@@ -1,6 +1,7 @@
 """Learners from logs, with the surface of Stable-Baselines3: ``IQL("MlpPolicy", "minari/id-v0").learn(100_000)``.
 
-One timestep is one gradient update; no environment is touched except to evaluate. The methods are settings of few parts.
+One timestep is one gradient update; no environment is touched except to evaluate. The methods are settings of few
+parts.
 
 Updates of actor and critics (`OfflineAlgorithm` holds data, nets, files and logs of all of them):
 

@@ -98,16 +98,14 @@ def test_bandit_optimum(bandit):
     """Uniform actions: cloning gives their mean 0, the value methods find the peak at ±1/2."""
     quick = {"policy_kwargs": {"net_arch": (32, 32)}, "batch_size": 64, "device": "cpu", "seed": 0}
     ends = torch.tensor([[-1.0], [1.0]])
-    found = {
-        kind.__name__: kind("MlpPolicy", bandit, learning_rate=3e-3, **extra, **quick)
-        .learn(700)
-        .policy.actor.mode(ends)
-        for kind, extra in (
-            (BC, {}),
-            (TD3BC, {"alpha": math.inf}),
-            (IQL, {"expectile": 0.5, "beta": 20.0, "reward_scale": 1.0, "actor_learning_rate": 1e-2}),
-        )
-    }
+    found = {}
+    for kind, extra in (
+        (BC, {}),
+        (TD3BC, {"alpha": math.inf}),
+        (IQL, {"expectile": 0.5, "beta": 20.0, "reward_scale": 1.0, "actor_learning_rate": 1e-2}),
+    ):
+        agent = kind("MlpPolicy", bandit, learning_rate=1e-2, **extra, **quick).learn(150)
+        found[kind.__name__] = agent.policy.actor.mode(ends)
     assert found["BC"].abs().max() < 0.15
     torch.testing.assert_close(found["TD3BC"], ends / 2, rtol=0, atol=0.1)
     torch.testing.assert_close(found["IQL"], ends / 2, rtol=0, atol=0.2)
