@@ -37,7 +37,10 @@ class Contestant(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of a table: seconds per call of every turn, or none and a ``note`` that says why."""
+    """A line of a table: seconds per call of every turn, or none and a ``note`` that says why.
+
+    ``amount`` is a figure that is no time.
+    """
 
     table: str
     name: str
@@ -47,6 +50,7 @@ class Row(NamedTuple):
     peer: bool = False
     seconds: Sequence[float] = ()
     note: str = ""
+    amount: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -138,6 +142,8 @@ def lines(rows: Sequence[Row]) -> list[str]:
     peak = ceiling(rows, "fp32")
     cases = list(dict.fromkeys(row.case for row in rows))
     shown = sorted((row for row in rows if not row.name.startswith(CEILING)), key=lambda row: cases.index(row.case))
+    if not any(row.seconds for row in shown):
+        return ["| case | | |", "|---|---|---|", *(f"| {row.case} | {row.name} | {row.note} |" for row in shown)]
     peers = list(dict.fromkeys(row.name for row in shown if row.peer and row.seconds))
     head = ["case", "", "µs a call", "rows/s", *(["of fp32 ceiling"] if peak else []), *(f"x {name}" for name in peers)]
     text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

@@ -1,0 +1,218 @@
+"""Run every benchmark of this folder, and write machine, versions, goals and tables to results.md.
+
+    python benchmarks/run.py [--only rollout sac] [--seconds 0.3] [--rounds 7] [--out benchmarks/results.md]
+
+Every script runs in a process of its own: first on one thread, pinned to one core, then, where threads matter, on two,
+then on a GPU where there is one. Peers that are not installed are shown as such; a script that fails is named, the
+others still count, and the exit code is 1. ``make bench`` installs the peers and runs this, in ten minutes on two quiet
+cores.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from contest import CEILING, Row, ceiling, lines
+
+HERE = Path(__file__).parent
+ONE_THREAD = ("rollout", "imagine", "sac", "env_steps", "collect")
+TWO_THREADS = ("rollout", "imagine", "sac", "env_steps", "memory")
+ON_GPU = ("sac",)
+PACKAGES = (
+    *("learneddyn", "torch", "numpy", "gymnasium", "mujoco", "stable-baselines3", "minari"),
+    *("mbrl", "sbx-rl", "jax", "torchrl", "pysindy", "envpool"),
+)
+
+
+class Setting(NamedTuple):
+    """What a run of all scripts has in common."""
+
+    title: str
+    threads: int
+    device: str
+    scripts: tuple[str, ...]
+
+
+class Goal(NamedTuple):
+    """A figure to reach; times are those on one thread.
+
+    ``against`` is the peer whose rate is exceeded ``wanted`` times; "ceiling": the share of the fp32 ceiling; "us": at
+    most so many microseconds a call; "amount": at most that much.
+    """
+
+    table: str
+    case: str
+    name: str
+    against: str
+    wanted: float
+
+    @property
+    def text(self) -> str:
+        """Say it in words."""
+        wanted = {
+            "ceiling": f">= {self.wanted:.0%} of the fp32 ceiling",
+            "us": f"<= {self.wanted:g} µs a call",
+            "amount": f"<= {self.wanted:g} GiB",
+        }.get(self.against, f">= {self.wanted:g} x {self.against}")
+        return f"{self.table}, {', '.join(part for part in (self.case, self.name) if part)}: {wanted}"
+
+    def judge(self, rows: Sequence[Row]) -> tuple[str, bool] | None:
+        """Return what was measured and whether it suffices; None: one of the rows is not there."""
+        table = [row for row in rows if row.table == self.table]
+        ours = [row for row in table if (row.case, row.name) == (self.case, self.name)]
+        theirs = [row for row in table if row.name == self.against and row.case in ("", self.case) and row.seconds]
+        if not ours:
+            return None
+        if self.against == "amount":
+            return f"{ours[0].amount:.2f} GiB", ours[0].amount <= self.wanted
+        if self.against == "us":
+            spent = 1e6 * statistics.median(ours[0].seconds)
+            return f"{spent:.1f} µs", spent <= self.wanted
+        if self.against == "ceiling":
+            share = ours[0].rate * ours[0].flop / ceiling(table, "fp32")
+            return f"{share:.0%}", share >= self.wanted
+        if not theirs:
+            return None
+        ratio = statistics.median(ours[0].times_faster_than(theirs[0]))
+        return f"{ratio:.2f} x", ratio >= self.wanted
+
+
+GOALS = [
+    Goal("World step", "4096 lanes", "fp32", "mbrl-lib", 1.5),
+    Goal("World step", "4096 lanes", "bf16", "mbrl-lib", 2.5),
+    Goal("World step", "4096 lanes", "fp32", "ceiling", 0.5),
+    Goal("World step", "256 lanes", "fp32", "mbrl-lib", 2.2),
+    Goal("World step", "1 lane", "fp32 through gym.make", "us", 80),
+    Goal("World step beside all members and a gather", "4096 lanes", "fp32", "all members and a gather", 4),
+    Goal("World step with a penalty, all members", "4096 lanes", "fp32", "all members and a gather", 2),
+    Goal("World step with a penalty, all members", "4096 lanes", "bf16", "all members and a gather", 3.5),
+    Goal("Imagination with the policy in the loop", "20000 starts x 5 steps", "fp32", "mbrl-lib", 2),
+    Goal("Environment steps", "4096 lanes", "World.step", "gym.make", 12),
+    Goal("An interface alone, on a world that computes nothing", "256 lanes", "LearnedVectorEnv", "us", 10),
+    Goal("An interface alone, on a world that computes nothing", "4096 lanes", "LearnedVectorEnv", "us", 40),
+    Goal("An interface alone, on a world that computes nothing", "4096 lanes", "LearnedVecEnv (SB3)", "us", 300),
+    Goal("Ensemble training step", "7 x 256 rows", "fp32", "mbrl-lib", 1.3),
+    Goal("Ensemble training step", "7 x 256 rows", "bf16", "mbrl-lib", 2),
+    Goal("SAC update", "batch 256, 2 x 256", "FastSAC fp32, device replay", "SB3", 2.3),
+    Goal("SAC update", "batch 256, 2 x 256", "FastSAC bf16, device replay", "SB3", 3.3),
+    Goal("SAC update", "batch 256, 2 x 256", "FastSAC bf16, device replay", "sbx (JAX)", 1.1),
+    Goal("Peak memory of an offline run", "1000000 rows", "+ SAC updates", "amount", 2),
+]
+
+
+def play(setting: Setting, seconds: float, rounds: int) -> tuple[list[Row], list[str]]:
+    """Run the scripts of a setting; return their rows, and what failed."""
+    rows: list[Row] = []
+    failed: list[str] = []
+    environment = os.environ | {f"{name}_NUM_THREADS": str(setting.threads) for name in ("OMP", "MKL", "OPENBLAS")}
+    with tempfile.TemporaryDirectory() as folder:
+        for script in setting.scripts:
+            target, begun = Path(folder) / f"{script}.json", time.perf_counter()
+            options = {"seconds": seconds, "rounds": rounds, "threads": setting.threads, "device": setting.device}
+            command = [sys.executable, str(HERE / f"{script}.py"), "--json", str(target)]
+            command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            print(f"{setting.title}: {script}, {time.perf_counter() - begun:.0f} s", flush=True)
+            if done.returncode:
+                print(done.stderr, file=sys.stderr)
+                failed.append(f"{script} ({setting.title}): {done.stderr.strip().splitlines()[-1]}")
+            else:
+                rows += [Row(**row) for row in json.loads(target.read_text())]
+    return rows, failed
+
+
+def machine() -> list[str]:
+    """Return what the figures depend on, as Markdown."""
+    try:
+        cpu = next(
+            line.split(":")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+        )
+    except (OSError, StopIteration):
+        cpu = platform.processor()
+    have = {}
+    for name in PACKAGES:
+        try:
+            have[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            have[name] = "not installed"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return [
+        f"- Machine: {cpu}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, GPU: {gpu}",
+        f"- {platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "- " + ", ".join(f"{name} {version}" for name, version in have.items()),
+    ]
+
+
+def page(played: dict[Setting, list[Row]], failed: Sequence[str], load: Sequence[str]) -> str:
+    """Return results.md."""
+    judged = [row for one, found in played.items() for row in found if one.title == "one thread" or row.amount]
+    text = ["# Speed, measured", "", "Written by `make bench`. Figures of one run on one machine:", "", *machine()]
+    text.append(f"- Load average before and after: {', '.join(load)}")
+    for one, found in played.items():
+        tables = {row.table for row in found}
+        best = {
+            kind: max((ceiling([row for row in found if row.table == name], kind) for name in tables), default=0)
+            for kind in ("fp32", "bf16")
+        }
+        told = ", ".join(f"{kind} {value / 1e9:.0f} GFLOP/s" for kind, value in best.items() if value)
+        text += [f"- {CEILING.capitalize()}, {one.title}: {told}"] if told else []
+    text += [
+        "",
+        "On one thread, times are CPU times and the process is pinned to one core; else they are wall-clock times. The",
+        " contestants of a table take turns. A time is the median over the turns, with the points below which 10 % and",
+        "90 % of them lie; a ratio is the median of the ratios within each turn.",
+        "",
+        "## Goals",
+        "",
+        "| goal | measured | |",
+        "|---|---|---|",
+    ]
+    for goal in GOALS:
+        found = goal.judge(judged)
+        verdict = ("", "not measured") if found is None else (found[0], "reached" if found[1] else "**missed**")
+        text.append(f"| {goal.text} | {verdict[0]} | {verdict[1]} |")
+    text += ["", *(f"- Failed: {what}" for what in failed)] if failed else []
+    for one, found in played.items():
+        text += ["", f"## {one.title.capitalize()}"]
+        for name in dict.fromkeys(row.table for row in found):
+            text += ["", f"### {name}", "", *lines([row for row in found if row.table == name])]
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    scripts = sorted({*ONE_THREAD, *TWO_THREADS, *ON_GPU})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=scripts, default=scripts)
+    parser.add_argument("--seconds", type=float, default=0.3, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=HERE / "results.md")
+    args = parser.parse_args()
+    settings = [Setting("one thread", 1, "cpu", ONE_THREAD), Setting("two threads", 2, "cpu", TWO_THREADS)]
+    if torch.cuda.is_available():
+        settings.append(Setting("GPU", 1, "cuda", ON_GPU))
+    load = [f"{os.getloadavg()[0]:.1f}"]
+    played: dict[Setting, list[Row]] = {}
+    failed: list[str] = []
+    for setting in settings:
+        chosen = setting._replace(scripts=tuple(name for name in setting.scripts if name in args.only))
+        played[chosen], bad = play(chosen, args.seconds, args.rounds)
+        failed += bad
+    load.append(f"{os.getloadavg()[0]:.1f}")
+    args.out.write_text(page(played, failed, load))
+    print(f"wrote {args.out}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
