@@ -1,0 +1,254 @@
+"""Hybrid: an imperfect physics prior plus a residual that is discovered (sparse) or learned (dense).
+
+Source of the sparse form: Mojgani, Chattopadhyay, Hassanzadeh, "Discovery of interpretable structural model errors by
+combining Bayesian sparse regression and data assimilation" (MEDIDA, 2022). The regression is the relevance vector
+machine's evidence maximisation as scikit-learn's ARDRegression does it (Tipping, "Sparse Bayesian learning and the
+relevance vector machine", 2001).
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from learneddyn.core import Transitions
+from learneddyn.models.assimilation import enkf_increments
+from learneddyn.models.regression import AbstractRegression, Answer
+from learneddyn.models.terms import evaluate_terms
+from learneddyn.spaces import Spaces
+
+
+def persistence(obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"]) -> Float[Tensor, "b o"]:
+    """Return the observation as it was: the prior that knows nothing."""
+    return obs
+
+
+class Hybrid(AbstractRegression):
+    """next obs = prior(obs, action) + dt * residual, the residual on the columns that the prior may get wrong.
+
+    The increments (next obs - prior) / dt are regressed on candidate terms (see `learneddyn.models.terms`), which are
+    evaluated midway through the step, where the discretisation error is of second order; an answer finds the middle by
+    one repetition.
+    Terms that automatic relevance determination keeps, and whose share of the increment exceeds ``keep`` of the
+    largest, make the residual; `equations` prints it with error bars. With ``observation_noise`` the increments come
+    from an ensemble Kalman filter. ``residual="neural"`` puts a small zero-initialised MLP in place of the terms.
+
+    Args:
+        prior: dotted path of a function (obs [b o], action [b a], **prior_arguments) -> next obs [b o], in torch.
+        prior_arguments: its keyword arguments, JSON values.
+        dt: seconds a step lasts; coefficients are per second.
+        columns: observation columns the prior may get wrong; None for all. Kinematic ones (angle' = velocity) belong
+            left out: their discretisation error would be explained by junk terms.
+        residual: "sparse" or "neural".
+        terms: candidates; None for 1, every column, every action.
+        keep: share of the largest term's contribution below which a term is dropped.
+        observation_noise: standard deviation per observation column, or one for all; None for exact observations.
+        hidden: widths of the MLP.
+        epochs: of training it.
+        learning_rate: of Adam.
+        learn_reward: add a linear reward head on the same terms (sparse) or an output of the MLP (neural).
+        holdout_ratio: share of the rows that measure the noise.
+
+    Raises:
+        ValueError: an argument outside its range, or a prior that cannot be imported.
+    """
+
+    num_members = 1
+
+    def __init__(
+        self,
+        prior: str = "learneddyn.models.hybrid.persistence",
+        prior_arguments: dict[str, Any] | None = None,
+        dt: float = 1.0,
+        columns: Sequence[int] | None = None,
+        residual: str = "sparse",
+        terms: Sequence[str] | None = None,
+        keep: float = 0.02,
+        observation_noise: Sequence[float] | float | None = None,
+        hidden: Sequence[int] = (64, 64),
+        epochs: int = 50,
+        learning_rate: float = 3e-3,
+        learn_reward: bool = False,
+        holdout_ratio: float = 0.2,
+    ) -> None:
+        super().__init__()
+        for name, ok, value, allowed in (
+            ("dt", dt > 0, dt, "above 0"),
+            ("residual", residual in ("sparse", "neural"), residual, "'sparse' or 'neural'"),
+            ("keep", 0 <= keep < 1, keep, "between 0 and 1"),
+            ("terms", terms is None or len(terms) > 0, terms, "None or at least one term"),
+            ("holdout_ratio", 0 < holdout_ratio < 1, holdout_ratio, "between 0 and 1"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        self.prior, self.prior_arguments, self.dt = prior, prior_arguments or {}, dt
+        self.columns = None if columns is None else list(columns)
+        self.residual, self.terms, self.keep = residual, None if terms is None else list(terms), keep
+        self.observation_noise, self.hidden = observation_noise, list(hidden)
+        self.epochs, self.learning_rate = epochs, learning_rate
+        self.learn_reward, self.holdout_ratio = learn_reward, holdout_ratio
+        self._prior = _function(prior)
+
+    def _build_members(self, spaces: Spaces) -> None:
+        o, a = spaces.obs_dim, spaces.action_dim
+        free = list(range(o)) if self.columns is None else self.columns
+        if not free or any(not 0 <= column < o for column in free):
+            raise ValueError(f"columns must name observation columns 0 to {o - 1}, got {self.columns}")
+        self._free = free
+        self._candidates = self.terms or ["1", *(f"x{i}" for i in range(o)), *(f"u{i}" for i in range(a))]
+        evaluate_terms(self._candidates, torch.zeros(1, o), torch.zeros(1, a))
+        outputs = len(free) + self.learn_reward
+        if self.residual == "sparse":
+            self.register_buffer("coefficients", torch.zeros(len(self._candidates), outputs))
+            self.register_buffer("deviations", torch.zeros(len(self._candidates), outputs))
+            return
+        widths = [o + a, *self.hidden]
+        layers: list[nn.Module] = []
+        for width, wider in pairwise(widths):
+            layers += [nn.Linear(width, wider), nn.Tanh()]
+        self.network = nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
+        self.register_buffer("shift", torch.zeros(o + a))
+        self.register_buffer("scale", torch.ones(o + a))
+        self.register_buffer("output_scale", torch.ones(outputs))
+
+    def equations(self, digits: int = 4) -> list[str]:
+        """Return the residual of every free column, and of the reward, as text: coefficient +- standard deviation.
+
+        Raises:
+            ValueError: not fitted, or the residual is a network.
+        """
+        self._require_fitted()
+        if self.residual != "sparse":
+            raise ValueError("a neural residual has no equations: fit with residual='sparse'")
+        heads = [f"residual of x{i}" for i in self._free] + ["reward"] * self.learn_reward
+        lines = []
+        for head, column, spread in zip(heads, self.coefficients.T, self.deviations.T, strict=True):
+            parts = [
+                f"({c:.{digits}g} +- {s:.1g}) {term}"
+                for c, s, term in zip(column.tolist(), spread.tolist(), self._candidates, strict=True)
+                if c
+            ]
+            lines.append(f"{head} = {' + '.join(parts) or '0'}")
+        return lines
+
+    def _answered(self, midway: Tensor, action: Tensor) -> Float[Tensor, "b q"]:
+        """Return the residual of the free columns, then the reward."""
+        if self.residual == "sparse":
+            return evaluate_terms(self._candidates, midway, action) @ self.coefficients
+        inputs = (torch.cat([midway, action], dim=1) - self.shift) / self.scale
+        return self.network(inputs) * self.output_scale
+
+    def _every(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Tensor | None) -> Answer:
+        before = mean = self._prior(obs, action, **self.prior_arguments)
+        free = torch.tensor(self._free, device=obs.device)
+        for _ in range(2):
+            found = self._answered(0.5 * (obs + mean), action)
+            mean = before.index_add(1, free, self.dt * found[:, : len(self._free)])
+        if self.learn_reward:
+            mean = torch.cat([mean, found[:, -1:]], dim=1)
+        return Answer(mean[None])
+
+    def _learn(
+        self, data: Transitions, rows: Bool[Tensor, " n"], rng: torch.Generator, progress: bool
+    ) -> list[dict[str, float]]:
+        data = data[rows]
+        with torch.no_grad():
+            before = self._prior(data.obs, data.action, **self.prior_arguments)
+            error = data.next_obs - before if self.observation_noise is None else self._filtered(data, rng)
+            target = error[:, self._free] / self.dt
+            if self.learn_reward:
+                target = torch.cat([target, data.reward[:, None]], dim=1)
+        midway = 0.5 * (data.obs + data.next_obs)
+        if self.residual == "sparse":
+            self._regress(evaluate_terms(self._candidates, midway.double(), data.action.double()), target)
+            return [{"epoch": 1.0, "active_terms": float((self.coefficients != 0).sum())}]
+        return self._train(torch.cat([midway, data.action], dim=1), target, rng, progress)
+
+    def _filtered(self, data: Transitions, rng: torch.Generator) -> Float[Tensor, "n o"]:
+        noise = torch.as_tensor(self.observation_noise, device=data.device).expand(data.obs.shape[1])
+
+        def step(obs: Tensor, action: Tensor) -> Tensor:
+            return self._prior(obs, action, **self.prior_arguments)
+
+        return enkf_increments(step, data.obs, data.action, data.next_obs, noise, rng)
+
+    def _regress(self, theta: Float[Tensor, "n p"], target: Float[Tensor, "n q"]) -> None:
+        """Fit every output by automatic relevance determination on columns of unit scale, then drop small terms."""
+        width = theta.square().mean(dim=0).sqrt()
+        usable = width > 1e-12
+        x = (theta[:, usable] / width[usable]).cpu().numpy()
+        self.coefficients.zero_()
+        self.deviations.zero_()
+        for output in range(target.shape[1]):
+            y = target[:, output].double()
+            size = y.square().mean().sqrt()
+            if size <= 1e-12:
+                continue
+            fitted = _ard().fit(x, (y / size).cpu().numpy())
+            weight = torch.as_tensor(fitted.coef_, device=theta.device)
+            kept = weight.abs() > self.keep * weight.abs().max()
+            spread = torch.zeros_like(weight)
+            alive = torch.as_tensor(fitted.lambda_ < fitted.threshold_lambda, device=theta.device)
+            spread[alive] = torch.as_tensor(fitted.sigma_, device=theta.device).diagonal().clamp_min(0).sqrt()
+            scale = size / width[usable]
+            self.coefficients[usable, output] = torch.where(kept, weight * scale, 0.0).float()
+            self.deviations[usable, output] = torch.where(kept, spread * scale, 0.0).float()
+
+    def _train(
+        self, inputs: Float[Tensor, "n i"], target: Float[Tensor, "n q"], rng: torch.Generator, progress: bool
+    ) -> list[dict[str, float]]:
+        self.shift.copy_(inputs.mean(dim=0))
+        self.scale.copy_(inputs.std(dim=0, correction=0).clamp_min(1e-6))
+        self.output_scale.copy_(target.square().mean(dim=0).sqrt().clamp_min(1e-6))
+        layers = [layer for layer in self.network if isinstance(layer, nn.Linear)]
+        for layer in layers:
+            bound = 1.0 / layer.in_features**0.5
+            nn.init.uniform_(layer.weight, -bound, bound, generator=rng)
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(layers[-1].weight)
+        x, y = (inputs - self.shift) / self.scale, target / self.output_scale
+        optimizer = torch.optim.Adam(self.network.parameters(), self.learning_rate)
+        history: list[dict[str, float]] = []
+        for epoch in tqdm(range(self.epochs), desc="residual", disable=not progress):
+            losses = []
+            for batch in torch.randperm(len(x), generator=rng, device=x.device).split(256):
+                loss = (self.network(x[batch]) - y[batch]).square().mean()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+            history.append({"epoch": epoch + 1.0, "loss": float(torch.stack(losses).mean())})
+        return history
+
+    # Declared for type checkers; `_build_members` registers them.
+    coefficients: Tensor
+    deviations: Tensor
+    shift: Tensor
+    scale: Tensor
+    output_scale: Tensor
+
+
+def _function(path: str) -> Callable[..., Tensor]:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"prior must be the dotted path of a function, got {path!r} ({error})") from error
+
+
+def _ard() -> Any:
+    """Return scikit-learn's regression.
+
+    Raises:
+        ImportError: scikit-learn is not installed (names the extra).
+    """
+    try:
+        from sklearn.linear_model import ARDRegression
+    except ImportError as error:
+        raise ImportError("a sparse Hybrid needs scikit-learn: pip install 'learneddyn[models]'") from error
+    return ARDRegression(max_iter=500, fit_intercept=False)

@@ -1,0 +1,80 @@
+"""Hybrid: missing physics is named, a perfect prior is left alone, increments lose their gain, files keep the prior."""
+
+import pytest
+import torch
+
+from learneddyn.core import generator
+from learneddyn.models import AbstractDynamics, Hybrid
+from learneddyn.models.assimilation import enkf_increments
+from learneddyn.models.terms import evaluate_terms
+from learneddyn.reproduce.medida import TERMS, TRUTH, pairs
+
+PRIOR = {"prior": "learneddyn.reproduce.medida.prior", "prior_arguments": {"dt": 0.02}, "dt": 0.02, "columns": [1]}
+
+
+def test_missing_friction_gain_and_drag_are_named_within_a_percent(tmp_path):
+    model = Hybrid(**PRIOR, terms=TERMS)
+    model.fit(pairs(125, 0.02, 0.0, 0), rng=generator(0))
+    found = {term: value for term, value in zip(TERMS, model.coefficients[:, 0].tolist(), strict=True) if value}
+    assert found == pytest.approx(TRUTH, rel=0.01)
+    assert model.equations()[0].startswith("residual of x1 = (-0.3")
+    model.save(tmp_path / "model")
+    again = AbstractDynamics.load(tmp_path / "model")
+    obs, action = torch.randn(4, 2, generator=generator(1)), torch.ones(4, 1)
+    assert torch.equal(again.predict(obs, action).mean, model.predict(obs, action).mean)
+
+
+def test_the_kinematic_column_stays_the_priors():
+    model = Hybrid(**PRIOR, terms=TERMS)
+    data = pairs(125, 0.02, 0.0, 0)
+    model.fit(data, rng=generator(0))
+    before = model._prior(data.obs, data.action, dt=0.02)
+    after = model.predict(data.obs, data.action).mean[0]
+    assert torch.equal(after[:, 0], before[:, 0])
+    assert not torch.allclose(after[:, 1], before[:, 1], atol=1e-3)
+
+
+def test_a_neural_residual_starts_at_the_prior_and_improves_on_it():
+    data = pairs(1500, 0.1, 0.0, 0)
+    prior = PRIOR | {"prior_arguments": {"dt": 0.1}, "dt": 0.1}
+    model = Hybrid(**prior, residual="neural", epochs=20, hidden=[32])
+    assert data.spaces is not None
+    model._build(data.spaces)
+    model.spaces = data.spaces
+    before = model._prior(data.obs, data.action, dt=0.1)
+    torch.nn.init.zeros_(model.network[-1].weight)
+    torch.nn.init.zeros_(model.network[-1].bias)
+    assert torch.equal(model.predict(data.obs, data.action).mean[0], before)
+    model = Hybrid(**prior, residual="neural", epochs=20, hidden=[32])
+    error = model.fit(data, rng=generator(0)).metrics["holdout_mse"]
+    assert error < 0.1 * float((before - data.next_obs).square().mean())
+    with pytest.raises(ValueError, match="no equations"):
+        model.equations()
+
+
+def test_increments_are_corrected_for_the_gain():
+    """A model that lacks a constant drift: the corrected increments average to the drift, the raw ones to half."""
+    rng, drift, noise = generator(0), torch.tensor([0.3, -0.2]), torch.tensor([0.1, 0.1])
+    truth = torch.randn(4000, 2, generator=rng)
+    obs, next_obs = (part + noise * torch.randn(part.shape, generator=rng) for part in (truth, truth + drift))
+    found = enkf_increments(lambda s, a: s, obs, torch.zeros(4000, 1), next_obs, noise, rng)
+    assert torch.allclose(found.mean(dim=0), drift, atol=0.02)
+    with pytest.raises(ValueError, match="noise positive"):
+        enkf_increments(lambda s, a: s, obs, torch.zeros(4000, 1), next_obs, torch.zeros(2), rng)
+
+
+def test_terms_read_as_written():
+    obs, action = torch.tensor([[0.5, -2.0]]), torch.tensor([[3.0]])
+    values = evaluate_terms(["1", "x1^2", "|x1| x1", "u0 cos(x0)", "tanh(x1/0.5)"], obs, action)[0]
+    expected = torch.tensor([1.0, 4.0, -4.0, 3 * torch.tensor(0.5).cos(), torch.tensor(-4.0).tanh()])
+    assert torch.allclose(values, expected)
+    for wrong, told in (("exp(x0)", "no factor"), ("x2", "no column x2"), ("__import__('os')", "no factor")):
+        with pytest.raises(ValueError, match=told):
+            evaluate_terms([wrong], obs, action)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="dotted path"):
+        Hybrid(prior="nowhere.to.be_found")
+    with pytest.raises(ValueError, match="columns must name"):
+        Hybrid(columns=[7]).fit(pairs(20, 0.02, 0.0, 0), rng=generator(0))
