@@ -8,11 +8,13 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import learneddyn.models
+import learneddyn.planners
 from learneddyn import tasks
 from learneddyn.core import Task, generator
 from learneddyn.envs.worlds import load_world, world_names
 from learneddyn.models import AbstractDynamics, ProbabilisticEnsemble
-from learneddyn.testing import check_dynamics, check_world, example_transitions
+from learneddyn.planners import ICEM, AbstractPlanner
+from learneddyn.testing import check_dynamics, check_planner, check_world, example_transitions
 from learneddyn.world import PENALTIES, SAMPLERS, World
 from learneddyn.world.truth import TruthDynamics
 
@@ -20,6 +22,11 @@ MODELS = [
     model
     for model in (getattr(learneddyn.models, name) for name in learneddyn.models.__all__)
     if isinstance(model, type) and issubclass(model, AbstractDynamics) and not inspect.isabstract(model)
+]
+PLANNERS = [
+    planner
+    for planner in (getattr(learneddyn.planners, name) for name in learneddyn.planners.__all__)
+    if isinstance(planner, type) and issubclass(planner, AbstractPlanner) and not inspect.isabstract(planner)
 ]
 QUICK = {"max_epochs": 2, "num_members": 3, "num_elites": 2}
 """Arguments that keep a fit short, for the models that take them."""
@@ -36,6 +43,11 @@ def test_models(model):
     check_dynamics(lambda: model(**taken(model, QUICK)))
     if taken(model, HEADS):
         check_dynamics(lambda: model(**taken(model, QUICK | HEADS)))
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_planners(planner):
+    check_planner(planner())
 
 
 @pytest.fixture(scope="module")
@@ -86,4 +98,5 @@ def test_environments(env_id):
 
 def test_there_is_something_to_check():
     assert ProbabilisticEnsemble in MODELS
+    assert ICEM in PLANNERS
     assert "LearnedDyn-v0" in ENVS

@@ -180,8 +180,12 @@ def shifted(plans: Float[Tensor, "*b h a"], last: Float[Tensor, "*#b a"]) -> Flo
     return torch.cat([plans[..., 1:, :], last[..., None, :].expand_as(plans[..., :1, :])], dim=-2)
 
 
-def check_range(who: str, **ranges: tuple[float, float, float]) -> None:
-    """Raise ValueError unless every ``name=(value, least, most)`` lies in its range."""
-    for name, (value, least, most) in ranges.items():
+def check_range(who: str, *ranges: tuple[str, float | int, float | int, float | int]) -> None:
+    """Check arguments, each given as (name, value, least, most).
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+    for name, value, least, most in ranges:
         if not least <= value <= most:
-            raise ValueError(f"{who}: {name} must lie between {least} and {most}, got {value}")
+            raise ValueError(f"{who}: {name} must lie between {least:g} and {most:g}, got {value}")

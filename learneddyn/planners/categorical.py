@@ -53,12 +53,12 @@ class CategoricalCEM(AbstractPlanner):
     ) -> None:
         check_range(
             "CategoricalCEM",
-            horizon=(horizon, 1, 10**6),
-            candidates=(candidates, 1, 10**9),
-            elites=(elites, 1, candidates),
-            iterations=(iterations, 1, 10**6),
-            momentum=(momentum, 0, 1),
-            exploration=(exploration, 0, 1),
+            ("horizon", horizon, 1, 10**6),
+            ("candidates", candidates, 1, 10**9),
+            ("elites", elites, 1, candidates),
+            ("iterations", iterations, 1, 10**6),
+            ("momentum", momentum, 0, 1),
+            ("exploration", exploration, 0, 1),
         )
         self.horizon, self.candidates, self.elites, self.iterations = horizon, candidates, elites, iterations
         self.momentum, self.exploration = momentum, exploration

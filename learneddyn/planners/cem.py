@@ -59,11 +59,11 @@ class CEM(AbstractPlanner):
     ) -> None:
         check_range(
             "CEM",
-            horizon=(horizon, 1, 10**6),
-            candidates=(candidates, 1, 10**9),
-            elites=(elites, 1, candidates),
-            iterations=(iterations, 1, 10**6),
-            momentum=(momentum, 0, 1),
+            ("horizon", horizon, 1, 10**6),
+            ("candidates", candidates, 1, 10**9),
+            ("elites", elites, 1, candidates),
+            ("iterations", iterations, 1, 10**6),
+            ("momentum", momentum, 0, 1),
         )
         if execute not in ("mean", "best"):
             raise ValueError(f"CEM: execute must be 'mean' or 'best', got {execute!r}")

@@ -53,12 +53,12 @@ class GradientPlanner(AbstractPlanner):
     ) -> None:
         check_range(
             "GradientPlanner",
-            horizon=(horizon, 1, 10**6),
-            candidates=(candidates, 1, 10**9),
-            iterations=(iterations, 1, 10**6),
-            learning_rate=(learning_rate, 1e-9, 1e3),
-            std=(std, 0, 100),
-            beta=(beta, 0, 100),
+            ("horizon", horizon, 1, 10**6),
+            ("candidates", candidates, 1, 10**9),
+            ("iterations", iterations, 1, 10**6),
+            ("learning_rate", learning_rate, 1e-9, 1e3),
+            ("std", std, 0, 100),
+            ("beta", beta, 0, 100),
         )
         self.horizon, self.candidates, self.iterations = horizon, candidates, iterations
         self.learning_rate, self.std, self.beta = learning_rate, std, beta

@@ -64,15 +64,15 @@ class ICEM(AbstractPlanner):
     ) -> None:
         check_range(
             "ICEM",
-            horizon=(horizon, 1, 10**6),
-            candidates=(candidates, 1, 10**9),
-            elites=(elites, 1, candidates),
-            iterations=(iterations, 1, 10**6),
-            beta=(beta, 0, 100),
-            std=(std, 1e-6, 100),
-            decay=(decay, 1, 100),
-            keep=(keep, 0, 1),
-            momentum=(momentum, 0, 1),
+            ("horizon", horizon, 1, 10**6),
+            ("candidates", candidates, 1, 10**9),
+            ("elites", elites, 1, candidates),
+            ("iterations", iterations, 1, 10**6),
+            ("beta", beta, 0, 100),
+            ("std", std, 1e-6, 100),
+            ("decay", decay, 1, 100),
+            ("keep", keep, 0, 1),
+            ("momentum", momentum, 0, 1),
         )
         self.horizon, self.candidates, self.elites, self.iterations = horizon, candidates, elites, iterations
         self.beta, self.std, self.decay, self.keep, self.momentum = beta, std, decay, keep, momentum

@@ -60,12 +60,12 @@ class MPPI(AbstractPlanner):
     ) -> None:
         check_range(
             "MPPI",
-            horizon=(horizon, 1, 10**6),
-            candidates=(candidates, 1, 10**9),
-            iterations=(iterations, 1, 10**6),
-            temperature=(temperature, 1e-12, 1e12),
-            std=(std, 1e-6, 100),
-            smoothing=(smoothing, 1e-6, 1),
+            ("horizon", horizon, 1, 10**6),
+            ("candidates", candidates, 1, 10**9),
+            ("iterations", iterations, 1, 10**6),
+            ("temperature", temperature, 1e-12, 1e12),
+            ("std", std, 1e-6, 100),
+            ("smoothing", smoothing, 1e-6, 1),
         )
         if form not in ("information", "smoothed"):
             raise ValueError(f"MPPI: form must be 'information' or 'smoothed', got {form!r}")

@@ -29,7 +29,7 @@ class RandomShooting(AbstractPlanner):
     """
 
     def __init__(self, horizon: int = 15, candidates: int = 1000) -> None:
-        check_range("RandomShooting", horizon=(horizon, 1, 10**6), candidates=(candidates, 1, 10**9))
+        check_range("RandomShooting", ("horizon", horizon, 1, 10**6), ("candidates", candidates, 1, 10**9))
         self.horizon, self.candidates = horizon, candidates
 
     @property

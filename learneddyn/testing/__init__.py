@@ -1,4 +1,4 @@
-"""Contracts that every dynamics model, world and policy keeps, ours and yours.
+"""Contracts that every dynamics model, world, planner and policy keeps, ours and yours.
 
 They are to this package what check_estimator is to scikit-learn::
 
@@ -12,7 +12,8 @@ A check returns None, or raises `ContractError` with the contract that was broke
 
 from learneddyn.testing.contract import ContractError
 from learneddyn.testing.dynamics import check_dynamics, example_transitions
+from learneddyn.testing.planner import check_planner
 from learneddyn.testing.policy import check_policy
 from learneddyn.testing.world import check_world
 
-__all__ = ["ContractError", "check_dynamics", "check_policy", "check_world", "example_transitions"]
+__all__ = ["ContractError", "check_dynamics", "check_planner", "check_policy", "check_world", "example_transitions"]
