@@ -1,30 +1,38 @@
 """What a model-based agent logs about itself. Functions return figures under Stable-Baselines3's logger keys.
 
-    model/fresh_nll          nats per column: elites' mean negative log-likelihood of real steps that they have not seen
-    model/fresh_mse          the same steps' mean squared error
-    imagined/uncertainty     mean uncertainty of imagined rows (a `learneddyn.core.Penalty`), in the penalty's units
-    imagined/uncertainty_p95 its 95th percentile
-    imagined/terminated      share of imagined rows that end their episode
-    time/<part>_share        share of the time that the loop spends in real steps, fits, imagination, updates
+    model/fresh_nll           nats per column: elites' mean negative log-likelihood of real steps they have not seen
+    model/fresh_mse           the same steps' mean squared error
+    model/depth_error         root mean squared error of the elites' mean after `DEPTH` open-loop steps
+    model/break_even          steps after which the open loop is no better than "nothing changes" (at most `DEPTH`)
+    imagined/uncertainty      mean uncertainty of imagined rows (a `learneddyn.core.Penalty`), in the penalty's units
+    imagined/uncertainty_p95  its 95th percentile
+    imagined/terminated       share of imagined rows that end their episode
+    imagined/return           mean return of `DEPTH` imagined steps of the policy of now, without any penalty
+    real/return               mean return of `DEPTH` real steps from the same states, by the policy of the last steps
+    time/<part>_share         share of the time that the loop spends in real steps, fits, imagination, updates
 
 Errors of columns are divided by the standard deviation of the column's change in the data: 1 is the error of always
-predicting the mean change.
+predicting the mean change. The depth-wise error under the policy of now is what the bounds of Janner, Fu, Zhang,
+Levine, "When to Trust Your Model: Model-Based Policy Optimization" (2019), ask about a rollout length.
 """
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from learneddyn.core import Dynamics, Penalty, State, Transitions
-from learneddyn.world import PENALTIES, World
+from learneddyn.core import ActionFn, Dynamics, Penalty, State, Transitions
+from learneddyn.world import PENALTIES, World, mean
 
 MOST = 2000
 """Rows that an estimate of a mean looks at: its cost must not grow with the imagination."""
+DEPTH = 20
+"""Steps of the windows that open loops and returns are compared over."""
 
 
 class Stopwatch:
@@ -97,7 +105,7 @@ def imagination_figures(world: World, rows: Transitions, penalty: Penalty | None
     if not len(rows):
         return {}
     measure = penalty or world.penalty or PENALTIES["max_pairwise_diff"]
-    some = rows[torch.linspace(0, len(rows) - 1, min(len(rows), MOST), device=rows.device).long()]
+    some = rows[_some(torch.arange(len(rows), device=rows.device))]
     prediction = world.dynamics.predict(some.obs, some.action)
     member = prediction.elites[0].expand(len(some))
     values = measure(some.obs, some.action, prediction, State(some.next_obs, member))
@@ -106,3 +114,112 @@ def imagination_figures(world: World, rows: Transitions, penalty: Penalty | None
         "imagined/uncertainty_p95": float(values.quantile(0.95)),
         "imagined/terminated": float(rows.terminated.float().mean()),
     }
+
+
+@torch.no_grad()
+def window_figures(
+    world: World, policy: ActionFn, fresh: Transitions, data: Transitions, rng: torch.Generator, depth: int = DEPTH
+) -> dict[str, float]:
+    """Compare model and reality over windows of real steps that the model has not been fitted on.
+
+    Args:
+        world: with the model to judge.
+        policy: of now.
+        fresh: real rows.
+        data: all rows, for the scale.
+        rng: on the world's device.
+        depth: steps of a window; fewer for the open loop where no fresh episode is as long.
+    """
+    return depth_error(world, fresh, change_scale(data), depth)[0] | return_gap(world, policy, fresh, rng, depth)
+
+
+@torch.no_grad()
+def depth_error(
+    world: World, fresh: Transitions, scale: Float[Tensor, " o"], depth: int = DEPTH
+) -> tuple[dict[str, float], list[float]]:
+    """Roll the elites' mean through logged actions.
+
+    Returns:
+        Figures, and the root mean squared error at every depth.
+    """
+    remaining = _remaining(fresh)
+    depth = min(depth, int(remaining.max()))
+    rows = _some((remaining >= depth).nonzero().flatten())
+    moving = scale.isfinite()
+    state = State(fresh.obs[rows], torch.zeros_like(rows))
+    errors: list[float] = []
+    still: list[float] = []
+    for step in range(depth):
+        state, _ = mean(state, fresh.action[rows + step], world.dynamics, torch.Generator(rows.device))
+        for found, guess in ((errors, state.obs), (still, fresh.obs[rows])):
+            error = ((guess - fresh.next_obs[rows + step]) / scale)[:, moving]
+            found.append(float(error.square().mean().sqrt()))
+    lost = [step for step, (model, nothing) in enumerate(zip(errors, still, strict=True)) if not model < nothing]
+    return {"model/depth_error": errors[-1], "model/break_even": float(lost[0] if lost else depth)}, errors
+
+
+@torch.no_grad()
+def return_gap(
+    world: World, policy: ActionFn, fresh: Transitions, rng: torch.Generator, depth: int = DEPTH
+) -> dict[str, float]:
+    """Compare the returns of imagined windows with those of the real windows from the same states.
+
+    Windows that a time-out or the end of the data cuts short do not count; nothing is returned where all are.
+    """
+    remaining, index = _remaining(fresh), torch.arange(len(fresh), device=fresh.device)
+    whole = (remaining >= depth) | fresh.terminated[index + remaining - 1]
+    starts = _some(whole.nonzero().flatten())
+    if not len(starts):
+        return {}
+    total = torch.cat([fresh.reward.new_zeros(1, dtype=torch.float64), fresh.reward.double().cumsum(0)])
+    real = total[starts + remaining[starts].clamp_max(depth)] - total[starts]
+    plain = World(world.dynamics, world.task, sampler=world.sampler, trust=world.trust, halt_reward=world.halt_reward)
+    rows = plain.rollout(fresh.obs[starts], policy, depth, rng)
+    imagined = torch.zeros_like(real).index_add_(0, rows.episode, rows.reward.double())
+    return {"imagined/return": float(imagined.mean()), "real/return": float(real.mean())}
+
+
+@torch.no_grad()
+def warn_of_divergence(
+    world: World, policy: ActionFn, starts: Float[Tensor, "b o"], rows: Transitions, length: int
+) -> None:
+    """Name the member and the step where rollouts stopped because the model gave no finite number.
+
+    Such rows are no part of ``rows`` (a World does not trust them); a warning tells that the model is broken.
+    """
+    lengths = torch.bincount(rows.episode, minlength=len(starts))
+    ended = torch.zeros_like(lengths, dtype=torch.bool)
+    ended[rows.episode[rows.terminated]] = True
+    stopped = ((lengths < length) & ~ended).nonzero().flatten()
+    if not len(stopped):
+        return
+    last = torch.cat([starts, rows.next_obs])
+    # Rows are grouped by episode: the last one of an episode stands at the cumulated lengths, less one.
+    index = torch.where(lengths > 0, len(starts) + lengths.cumsum(0) - 1, torch.arange(len(starts), device=last.device))
+    obs = last[index[stopped]]
+    prediction = world.dynamics.predict(obs, policy(obs))
+    heads = [prediction.mean, prediction.std]
+    heads += [] if prediction.reward_mean is None else [prediction.reward_mean[..., None]]
+    finite = torch.cat(heads, dim=2).isfinite().all(dim=2)
+    if not bool(finite.all()):
+        member, row = (~finite).nonzero()[0].tolist()
+        warnings.warn(
+            f"member {member} of the model predicts a non-finite step at imagined step "
+            f"{int(lengths[stopped[row]]) + 1}; {len(stopped)} of {len(starts)} rollouts stopped, their last step is "
+            "left out",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _remaining(data: Transitions) -> Int[Tensor, " n"]:
+    """Return how many rows of the same unbroken stretch are left, this one included."""
+    linked = (data.episode[1:] == data.episode[:-1]) & (data.obs[1:] == data.next_obs[:-1]).all(dim=1)
+    rows = torch.arange(len(data), device=data.device)
+    ends = torch.cat([~linked, linked.new_ones(1)]).nonzero().flatten()
+    return ends[torch.searchsorted(ends, rows)] - rows + 1
+
+
+def _some(rows: Int[Tensor, " n"]) -> Int[Tensor, " m"]:
+    """Return at most `MOST` of the rows, evenly spread."""
+    return rows[torch.linspace(0, len(rows) - 1, min(len(rows), MOST), device=rows.device).long()]

@@ -23,7 +23,8 @@ Hooks for methods built on top; overrides call ``super()`` where they extend and
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
@@ -37,7 +38,13 @@ from torch import Tensor
 
 from learneddyn import tasks
 from learneddyn.agents.buffer import DeviceReplayBuffer
-from learneddyn.agents.diagnostics import Stopwatch, imagination_figures, model_error
+from learneddyn.agents.diagnostics import (
+    Stopwatch,
+    imagination_figures,
+    model_error,
+    warn_of_divergence,
+    window_figures,
+)
 from learneddyn.agents.episodes import Episodes
 from learneddyn.core import ActionFn, Task, Transitions, generator
 from learneddyn.models import AbstractDynamics, FitReport, ProbabilisticEnsemble
@@ -225,7 +232,8 @@ class Dyna(OffPolicyAlgorithm):
         if self.world is None:
             self._check_task(data)
         elif self.diagnose:
-            self._log(model_error(self.dynamics, self.real_data(newest=self.num_timesteps - self._fitted_at), data))
+            with self.watch("diagnose"):
+                self._diagnose(self.world, data)
         with self.watch("fit"):
             report = self.dynamics.fit(data, rng=self.rng)
         self.world = self.make_world()
@@ -250,10 +258,13 @@ class Dyna(OffPolicyAlgorithm):
         self.policy.set_training_mode(False)
         with self.watch("imagine"):
             starts = self.replay_buffer.real.sample(self.rollout_batch, self.rng).obs
-            rows = self.world.rollout(starts, self.imagination_policy(self.world), length, self.rng)
+            policy = self.imagination_policy(self.world)
+            rows = self.world.rollout(starts, policy, length, self.rng)
             self.replay_buffer.add_imagined(rows)
         if self.diagnose:
-            self._log(imagination_figures(self.world, rows))
+            with self.watch("diagnose"), _untouched(self.rng):
+                self._log(imagination_figures(self.world, rows))
+                warn_of_divergence(self.world, policy, starts, rows, length)
         self._log({"imagined/length": length, "imagined/rows": len(pool)} | self.watch.shares())
         self.on_imagined(rows)
         return rows
@@ -298,6 +309,14 @@ class Dyna(OffPolicyAlgorithm):
                     f"{int(wrong.sum())} of {len(data)} steps: give the task of this very environment, or "
                     f"task=Task({task.real_id!r}) with a model that learns it (learn_{what}=True)"
                 )
+
+    def _diagnose(self, world: World, data: Transitions) -> None:
+        """Judge the model on the real steps since its fit."""
+        fresh = self.real_data(newest=self.num_timesteps - self._fitted_at)
+        self.policy.set_training_mode(False)
+        with _untouched(self.rng):
+            self._log(model_error(self.dynamics, fresh, data))
+            self._log(window_figures(world, Dyna.imagination_policy(self, world), fresh, data, self.rng))
 
     def _log(self, figures: dict[str, Any]) -> None:
         for name, value in figures.items():
@@ -346,6 +365,16 @@ class Dyna(OffPolicyAlgorithm):
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modules, tensors = super()._get_torch_save_params()
         return [*modules, "dynamics"], tensors
+
+
+@contextmanager
+def _untouched(rng: torch.Generator) -> Iterator[None]:
+    """Leave the generators that learning draws from as they were: looking must not change what is learned."""
+    before = rng.get_state()
+    devices = [rng.device] if rng.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+    rng.set_state(before)
 
 
 def default_dynamics(task: Task) -> ProbabilisticEnsemble:
