@@ -4,6 +4,7 @@ from learneddyn.agents.buffer import DeviceReplayBuffer
 from learneddyn.agents.dyna import Dyna
 from learneddyn.agents.mbpo import MBPO, DynaCrossQ, DynaTD3, DynaTQC
 from learneddyn.agents.mpc import MPC
+from learneddyn.agents.pets import PETS
 from learneddyn.agents.sac import FastSAC
 
-__all__ = ["MBPO", "MPC", "DeviceReplayBuffer", "Dyna", "DynaCrossQ", "DynaTD3", "DynaTQC", "FastSAC"]
+__all__ = ["MBPO", "MPC", "PETS", "DeviceReplayBuffer", "Dyna", "DynaCrossQ", "DynaTD3", "DynaTQC", "FastSAC"]
