@@ -1,7 +1,5 @@
 """The cross-entropy method as PETS plans with it."""
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -55,7 +53,7 @@ class CEM(AbstractPlanner):
         iterations: int = 5,
         momentum: float = 0.1,
         min_variance: float = 1e-3,
-        execute: Literal["mean", "best"] = "mean",
+        execute: str = "mean",
     ) -> None:
         check_range(
             "CEM",

@@ -1,7 +1,5 @@
 """Model predictive path integral control, in the two forms that circulate."""
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -55,7 +53,7 @@ class MPPI(AbstractPlanner):
         iterations: int = 1,
         temperature: float = 1.0,
         std: float = 0.5,
-        form: Literal["information", "smoothed"] = "information",
+        form: str = "information",
         smoothing: float = 0.9,
     ) -> None:
         check_range(
