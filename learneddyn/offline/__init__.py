@@ -15,25 +15,50 @@ Updates of actor and critics (`OfflineAlgorithm` holds data, nets, files and log
       n_critics, diversity,         SAC-N     n_critics                          `SACN`
       conservatism,                 EDAC      n_critics, diversity               `EDAC`
       entropy_backup                CQL       conservatism, no entropy backup    `CQL`
+
+The same update inside a learned model, `OfflineMBPO` (model_based.py), is a product of parts, each of which can be off:
+
+    dynamics model     x  reward transform       x  transition selector  x  critic rule             x  data mix
+    ``model``: any        ``penalty``,              ``sampler``             ``n_critics``,             ``real_ratio``,
+    AbstractDynamics      ``penalty_weight``                                ``diversity``,             ``horizon``,
+                                                                            ``conservatism``,          ``rollout_batch``,
+                                                                            ``inconsistency``          ``retain``
+
+    MBPO, offline         penalty_weight = 0        elite                   twin                       .05 real
+    `MOPO`                max_aleatoric, λ          elite                   twin                       .05
+    `COMBO`               none                      elite                   conservatism β             .5
+    `MOBILE`              none                      elite                   inconsistency              .05
+    `RAVL`                none                      elite                   n_critics, diversity η     .05
+
+With its own weight at 0 (RAVL: with two critics) each is MBPO, and MBPO on logged rows only is SAC: the tests hold both
+exactly. A method of your own is another choice of parts: ``OfflineMBPO("MlpPolicy", data, penalty="ensemble_std",
+penalty_weight=2.0, diversity=1.0, n_critics=10)``; a new selector is a `learneddyn.world.Sampler`, a new penalty a
+`learneddyn.core.Penalty`.
 """
 
 from learneddyn.offline.base import Cosine, Diverged, OfflineAlgorithm
 from learneddyn.offline.bc import BC
 from learneddyn.offline.iql import IQL
+from learneddyn.offline.model_based import COMBO, MOBILE, MOPO, RAVL, OfflineMBPO
 from learneddyn.offline.policy import OfflinePolicy
 from learneddyn.offline.sac import CQL, EDAC, SACN, OfflineSAC
 from learneddyn.offline.td3 import TD3BC, OfflineTD3, ReBRAC
 
 __all__ = [
     "BC",
+    "COMBO",
     "CQL",
     "EDAC",
     "IQL",
+    "MOBILE",
+    "MOPO",
+    "RAVL",
     "SACN",
     "TD3BC",
     "Cosine",
     "Diverged",
     "OfflineAlgorithm",
+    "OfflineMBPO",
     "OfflinePolicy",
     "OfflineSAC",
     "OfflineTD3",

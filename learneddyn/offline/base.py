@@ -17,6 +17,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from torch import Tensor
 
+from learneddyn import tasks
 from learneddyn.core import DataError, Task, Transitions, generator
 from learneddyn.data.replay import Batch, Replay
 from learneddyn.offline.dataset import Data, read, return_range, scaled
@@ -138,7 +139,7 @@ class OfflineAlgorithm(BaseAlgorithm):
         self.reward_shift, self.reward_scale, self.normalize_obs = reward_shift, reward_scale, normalize_obs
         self.eval_freq, self.n_eval_episodes = eval_freq, n_eval_episodes
         self.evaluations: list[tuple[int, float]] = []
-        self.data, self.task, self.replay = data, task, None
+        self.data, self.task, self.replay = data, tasks.get(task) if isinstance(task, str) else task, None
         self._rng_state: Tensor | None = None
         if _init_setup_model:
             if data is None:
@@ -169,7 +170,7 @@ class OfflineAlgorithm(BaseAlgorithm):
             self._fill(rows)
 
     def _take(self, data: Data) -> Transitions:
-        """Read and check the data; from here on rewards are scaled, observations and actions as logged."""
+        """Read and check the data, and take from it the spaces and the scale of rewards."""
         rows, self.task = read(data, self.task, rewards=self.from_rewards)
         rows = rows.to(self.device)
         assert rows.spaces is not None
@@ -178,19 +179,22 @@ class OfflineAlgorithm(BaseAlgorithm):
             if getattr(self, name, space) != space:
                 raise ValueError(f"the data has the {name} {space}, but {getattr(self, name)} is asked for")
             setattr(self, name, space)
-        rows = replace(rows, reward=rows.reward + self.reward_shift)
-        scale = self.reward_scale
-        self.reward_factor = 1000 / return_range(rows) if isinstance(scale, str) else float(scale)
-        return replace(rows, reward=rows.reward * self.reward_factor)
+        scale, shifted = self.reward_scale, replace(rows, reward=rows.reward + self.reward_shift)
+        self.reward_factor = 1000 / return_range(shifted) if isinstance(scale, str) else float(scale)
+        return rows
+
+    def _prepared(self, rows: Transitions) -> Transitions:
+        """Return rows as updates see them: rewards shifted and scaled, actions in [-1, 1]."""
+        return scaled(replace(rows, reward=(rows.reward + self.reward_shift) * self.reward_factor))
 
     def _nets(self) -> dict[str, Any]:
         """Return arguments of `OfflinePolicy` that depend on the learner's own."""
         return {}
 
     def _fill(self, rows: Transitions) -> None:
-        """Pack the transitions, with scaled rewards, for sampling."""
+        """Pack the transitions for sampling."""
         self.replay = Replay(len(rows), rows.obs.shape[1], rows.action.shape[1], device=self.device)
-        self.replay.add(scaled(rows))
+        self.replay.add(self._prepared(rows))
 
     def _batch(self) -> Batch:
         """Return rows for one update, actions in [-1, 1]."""

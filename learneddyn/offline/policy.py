@@ -109,13 +109,21 @@ class SquashedActor(Actor):
     def draw(
         self, obs: Float[Tensor, "b o"], rng: torch.Generator | None, repeats: int = 1
     ) -> tuple[Float[Tensor, "c a"], Float[Tensor, " c"]]:
-        """Return ``repeats`` drawn actions per row, rows one after the other, and their log densities.
+        """Return ``repeats`` drawn actions per row, rows one after the other, and their log densities."""
+        out = self._out(obs).repeat_interleave(repeats, 0)
+        noise = torch.randn((len(out), out.shape[1] // 2), generator=rng, device=out.device)
+        return self._squash(out, noise)
 
-        With u = m + σε: log π = Σ [-ε²/2 - log σ - ½ log 2π - log(1 - tanh² u + c)], c as in Stable-Baselines3.
-        """
-        mean, raw = self._out(obs).repeat_interleave(repeats, 0).chunk(2, 1)
+    def at(self, obs: Float[Tensor, "b o"], noise: Float[Tensor, "b a"]) -> Float[Tensor, "b a"]:
+        """Return the action that this standard normal noise gives."""
+        return self._squash(self._out(obs), noise)[0]
+
+    def _squash(
+        self, out: Float[Tensor, "b k"], noise: Float[Tensor, "b a"]
+    ) -> tuple[Float[Tensor, "b a"], Float[Tensor, " b"]]:
+        """With u = m + σε: log π = Σ [-ε²/2 - log σ - ½ log 2π - log(1 - tanh² u + c)], c as in Stable-Baselines3."""
+        mean, raw = out.chunk(2, 1)
         log_std = raw.clamp(*self._bounds)
-        noise = torch.randn(mean.shape, generator=rng, device=mean.device)
         action = (mean + log_std.exp() * noise).tanh()
         slack = (1 - action.square() + TANH_SLACK).log()
         return action, -(0.5 * noise.square() + log_std + HALF_LOG_2PI + slack).sum(1)

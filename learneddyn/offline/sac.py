@@ -107,7 +107,7 @@ class OfflineSAC(OfflineAlgorithm):
             value = values.amin(0)
             if self.entropy_backup:
                 value = value - alpha * next_log_prob
-            target = self._reward(batch) + self.gamma * (1 - batch.terminated) * value
+            target = self._target(batch, value)
         if self.ent_coef == "auto":
             excess = (log_prob.detach() - action.shape[1]).mean()
             descend(-self.log_ent_coef * excess, self.ent_coef_optimizer)
@@ -126,9 +126,9 @@ class OfflineSAC(OfflineAlgorithm):
             "spread": (values.mean(0) - values.amin(0)).mean(),
         }
 
-    def _reward(self, batch: Batch) -> Float[Tensor, " b"]:
-        """Return the reward of the target; critic rules that punish the target do it here."""
-        return batch.reward
+    def _target(self, batch: Batch, value: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Return y, given the value of the next state; critic rules that punish it do so here."""
+        return batch.reward + self.gamma * (1 - batch.terminated) * value
 
     def _logged_rows(self) -> int:
         """Return how many rows at the head of a batch come from the log."""

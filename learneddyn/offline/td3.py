@@ -19,7 +19,7 @@ from torch import Tensor
 from learneddyn.core import Transitions
 from learneddyn.data.replay import Batch, Replay
 from learneddyn.offline.base import OfflineAlgorithm, descend
-from learneddyn.offline.dataset import Data, next_actions, scaled
+from learneddyn.offline.dataset import Data, next_actions
 from learneddyn.offline.policy import OfflinePolicy
 
 
@@ -74,7 +74,7 @@ class OfflineTD3(OfflineAlgorithm):
 
     def _fill(self, rows: Transitions) -> None:
         # The next action and whether it is known ride in the action's columns: one gather brings a whole row.
-        data = scaled(rows)
+        data = self._prepared(rows)
         following, known = next_actions(data)
         obs_dim, self._columns = rows.obs.shape[1], (rows.action.shape[1], rows.action.shape[1], 1)
         self.replay = Replay(len(rows), obs_dim, sum(self._columns), device=self.device)

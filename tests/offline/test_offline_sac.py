@@ -8,7 +8,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from learneddyn.core import generator
-from learneddyn.offline import CQL, EDAC, SACN, OfflineSAC
+from learneddyn.offline import CQL, EDAC, RAVL, SACN, OfflineSAC
 from learneddyn.offline.sac import conservative_values, diversity_loss
 
 SMALL = {"policy_kwargs": {"net_arch": (16, 16)}, "batch_size": 32, "device": "cpu", "seed": 0}
@@ -42,10 +42,13 @@ def sb3_twin(agent, spaces) -> SAC:
     return twin
 
 
-@pytest.mark.parametrize("critics", [2, 3])
-def test_without_diversity_and_conservatism_it_is_sb3s_sac(log, critics, monkeypatch):
+@pytest.mark.parametrize(("kind", "critics"), [(OfflineSAC, 2), (OfflineSAC, 3), (RAVL, 2)])
+def test_without_diversity_and_conservatism_it_is_sb3s_sac(log, kind, critics, monkeypatch):
     kwargs = {**SMALL, "policy_kwargs": {"net_arch": (16, 16), "log_std": (-20.0, 2.0), "optimizer_kwargs": ADAM}}
-    agent = OfflineSAC("MlpPolicy", log, n_critics=critics, diversity=0.0, conservatism=0.0, **kwargs)
+    agent = kind("MlpPolicy", log, n_critics=critics, diversity=0.0, conservatism=0.0, **kwargs)
+    if kind is RAVL:
+        agent.world = "none: this test compares updates"
+        monkeypatch.setattr(agent, "imagine", lambda: None)
     agent.ent_coef_optimizer.param_groups[0]["eps"] = 1e-8
     twin = sb3_twin(agent, log.spaces)
     batches = [agent._batch() for _ in range(6)]

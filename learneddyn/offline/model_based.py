@@ -1,0 +1,404 @@
+"""Offline learning inside a learned model: MOPO, COMBO, MOBILE and RAVL as settings of one loop.
+
+    fit the ensemble on the log (once)
+    every rollout_every updates  imagine ``horizon`` steps from ``rollout_batch`` logged states, acting by the policy;
+                                 a rollout stops where the model terminates, a cut one is not terminated at its end
+    every update                 an update of `OfflineSAC` on real_ratio logged rows, the rest imagined
+
+    part                             MBPO    MOPO           COMBO       MOBILE         RAVL
+    reward transform: λ u            0       λ max σ        0           0              0
+    critic rule                      twin    twin           β on top    U in target    n critics, diversity η
+    real_ratio                       .05     .05            .5          .05            .05
+    entropy in the target            yes     yes            no          no             yes
+
+The transition selector is the world's sampler ("elite": an elite drawn anew per row and step). Every row of the table
+is the one before it with a weight that can be 0: MOPO at λ = 0, COMBO at β = 0, MOBILE at weight 0 and RAVL with two
+critics and η = 0 are the same updates, bit for bit where the settings that remain agree.
+
+Source of the loop and its constants: Yu et al., "MOPO: Model-based Offline Policy Optimization", 2020, after Janner et
+al., "When to Trust Your Model: Model-Based Policy Optimization", 2019. Deviations: rewards and terminations come from
+the task wherever the observation determines them, else from the model's heads; the order of steps is `OfflineSAC`'s.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor
+
+from learneddyn.agents.diagnostics import imagination_figures
+from learneddyn.agents.dyna import _rebuilt as rebuilt
+from learneddyn.agents.dyna import default_dynamics
+from learneddyn.core import DataError, Json, Penalty, Prediction, Task, Transitions
+from learneddyn.data.replay import Batch, MixedReplay, Replay
+from learneddyn.models import AbstractDynamics
+from learneddyn.offline.base import Cosine
+from learneddyn.offline.dataset import Data, bounds
+from learneddyn.offline.policy import OfflinePolicy, SquashedActor
+from learneddyn.offline.sac import DIVERSE_NETS, WIDE, OfflineSAC
+from learneddyn.spaces import Spaces
+from learneddyn.world import PENALTIES, Sampler, World
+
+
+class OfflineMBPO(OfflineSAC):
+    """The loop above; `MOPO`, `COMBO`, `MOBILE` and `RAVL` are its published settings.
+
+    `save` keeps the model with the agent, but not the imagined rows: a loaded agent imagines anew when it goes on.
+
+    Args:
+        policy: see `OfflineAlgorithm`.
+        data: see `OfflineAlgorithm`.
+        model: dynamics model, fitted or not (then it is fitted in place when learning begins); by default the published
+            ensemble with the heads that the task needs.
+        sampler: of the world, see `learneddyn.world.sampling`.
+        penalty: u, a name of `learneddyn.world.PENALTIES` or a function.
+        penalty_weight: λ, in units of the logged reward per unit of u.
+        inconsistency: weight of U, the deviation of the Bellman target over elites, in the target of imagined rows.
+        inconsistency_draws: next states drawn per elite for U.
+        clip_target: keep targets at 0 or above, as published code does on tasks with positive rewards only.
+        horizon: steps of an imagined rollout.
+        rollout_batch: logged states that an imagination starts from.
+        rollout_every: updates between imaginations.
+        retain: imaginations whose rows are kept.
+        real_ratio: share of logged rows in a batch.
+        max_ent_coef: see `OfflineSAC`.
+        **common: see `OfflineSAC`. Without a ``task`` reward and termination are learned from the log's flags.
+
+    Raises:
+        ValueError: an argument outside its range.
+        DataError: neither a task nor a terminal flag says whether imagined rollouts end.
+    """
+
+    def __init__(
+        self,
+        policy: str | type[OfflinePolicy] = "MlpPolicy",
+        data: Data | None = None,
+        *,
+        model: AbstractDynamics | None = None,
+        sampler: str | Sampler = "elite",
+        penalty: str | Penalty = "max_aleatoric",
+        penalty_weight: float = 0.0,
+        inconsistency: float = 0.0,
+        inconsistency_draws: int = 10,
+        clip_target: bool = False,
+        horizon: int = 5,
+        rollout_batch: int = 50_000,
+        rollout_every: int = 1000,
+        retain: int = 5,
+        real_ratio: float = 0.05,
+        actor_learning_rate: Any = 1e-4,
+        ent_coef_learning_rate: float | None = 1e-4,
+        max_ent_coef: float = 1.0,
+        **common: Any,
+    ) -> None:
+        for name, ok, value, allowed in (
+            ("penalty", not isinstance(penalty, str) or penalty in PENALTIES, penalty, f"one of {sorted(PENALTIES)}"),
+            ("penalty_weight", penalty_weight >= 0, penalty_weight, "at least 0"),
+            ("inconsistency", inconsistency >= 0, inconsistency, "at least 0"),
+            ("inconsistency_draws", inconsistency_draws >= 1, inconsistency_draws, "at least 1"),
+            ("horizon", horizon >= 1, horizon, "at least 1"),
+            ("rollout_batch", rollout_batch >= 1, rollout_batch, "at least 1"),
+            ("rollout_every", rollout_every >= 1, rollout_every, "at least 1"),
+            ("retain", retain >= 1, retain, "at least 1"),
+            ("real_ratio", 0 <= real_ratio <= 1, real_ratio, "in [0, 1]"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        self.model = model
+        self._model_card: Json | None = None
+        self.sampler, self.penalty, self.penalty_weight = sampler, penalty, penalty_weight
+        self.inconsistency, self.inconsistency_draws, self.clip_target = inconsistency, inconsistency_draws, clip_target
+        self.horizon, self.rollout_batch, self.rollout_every = horizon, rollout_batch, rollout_every
+        self.retain, self.real_ratio = retain, real_ratio
+        self.world: World | None = None
+        super().__init__(
+            policy,
+            data,
+            actor_learning_rate=actor_learning_rate,
+            ent_coef_learning_rate=ent_coef_learning_rate,
+            max_ent_coef=max_ent_coef,
+            **common,
+        )
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        spaces = Spaces(self.observation_space, self.action_space)
+        if self.model is None and self._model_card is not None:
+            self.model = rebuilt(self._model_card, spaces)
+        if self.model is not None:
+            self.model.to(self.device)
+
+    def _fill(self, rows: Transitions) -> None:
+        super()._fill(rows)
+        if self.task is None:
+            if not bool(rows.terminated.any()):
+                raise DataError(
+                    "whether imagined rollouts end is unknown: the data flags no termination and names no task; pass "
+                    "task=, for an endless one learneddyn.core.Task(id, terminated=learneddyn.tasks.endless.never)"
+                )
+            self.task = Task(rows.source or "log")
+        if self.model is None and self._model_card is None:
+            self.model = default_dynamics(self.task)
+        assert rows.spaces is not None
+        self.rows = rows
+        self._low, self._high = bounds(rows.spaces.action, self.device)
+        self.imagined = Replay(
+            self.horizon * self.rollout_batch * self.retain,
+            rows.obs.shape[1],
+            rows.action.shape[1],
+            device=self.device,
+        )
+        assert self.replay is not None
+        self._mixed = MixedReplay(self.replay, self.imagined, self.real_ratio)
+
+    def make_world(self) -> World:
+        """Return the world that imagines, around the fitted model."""
+        assert self.model is not None
+        assert self.task is not None
+        penalty = PENALTIES[self.penalty] if isinstance(self.penalty, str) else self.penalty
+        return World(self.model, self.task, sampler=self.sampler, penalty=penalty, penalty_weight=self.penalty_weight)
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        found = super()._setup_learn(*args, **kwargs)
+        if self.world is None:
+            assert self.model is not None
+            if self.model.spaces is None:
+                report = self.model.fit(self.rows, rng=self._rng)
+                for name, value in report.metrics.items():
+                    self.logger.record(f"model/{name}", value)
+            self.world = self.make_world()
+        return found
+
+    @torch.no_grad()
+    def imagine(self) -> Transitions:
+        """Roll the policy out from logged states, keep the rows for the updates and return them as the world gave them.
+
+        A rollout that is cut at the horizon is not terminated there.
+        """
+        assert self.world is not None
+        first = torch.randint(len(self.rows), (self.rollout_batch,), generator=self._rng, device=self.device)
+
+        def act(obs: Float[Tensor, "b o"]) -> Float[Tensor, "b a"]:
+            return self._unscaled(self.policy.actor.sample(obs, self._rng))
+
+        rows = self.world.rollout(self.rows.obs[first], act, self.horizon, self._rng)
+        self.imagined.add(self._prepared(rows))
+        for name, value in imagination_figures(self.world, rows).items():
+            self.logger.record(name, value)
+        self.logger.record("imagined/length", len(rows) / self.rollout_batch)
+        self.logger.record("imagined/reward", float(rows.reward.mean()))
+        return rows
+
+    def _update(self) -> dict[str, Float[Tensor, ""]]:
+        if self._n_updates % self.rollout_every == 0 or not len(self.imagined):
+            self.imagine()
+        return super()._update()
+
+    def _batch(self) -> Batch:
+        return self._mixed.sample(self.batch_size, self._rng)
+
+    def _logged_rows(self) -> int:
+        return round(self.real_ratio * self.batch_size) if len(self.imagined) else self.batch_size
+
+    def _target(self, batch: Batch, value: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        target, logged = super()._target(batch, value), self._logged_rows()
+        if self.inconsistency and logged < self.batch_size:
+            assert self.model is not None
+            prediction = self.model.predict(batch.obs[logged:], self._unscaled(batch.action[logged:]))
+            spread = bellman_inconsistency(self.policy, prediction, self._rng, self.inconsistency_draws)
+            target = torch.cat((target[:logged], target[logged:] - self.inconsistency * spread))
+        return target.clamp(min=0) if self.clip_target else target
+
+    def _unscaled(self, action: Float[Tensor, "b a"]) -> Float[Tensor, "b a"]:
+        return self._low + (0.5 * action + 0.5) * (self._high - self._low)
+
+    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
+        """Write an SB3 zip file with nets, optimisers, dynamics model and the generator's state; no data."""
+        assert self.model is not None
+        kind = type(self.model)
+        self._model_card = {
+            "class": [kind.__module__, kind.__qualname__],
+            "config": self.model.config(),
+            "fitted": self.model.spaces is not None,
+        }
+        super().save(path, exclude, include)
+
+    def _excluded_save_params(self) -> list[str]:
+        own = ["model", "world", "rows", "imagined", "_mixed", "_low", "_high"]
+        return [*super()._excluded_save_params(), *own]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        modules, tensors = super()._get_torch_save_params()
+        return [*modules, "model"], tensors
+
+
+@torch.no_grad()
+def bellman_inconsistency(
+    policy: OfflinePolicy, prediction: Prediction, rng: torch.Generator, draws: int
+) -> Float[Tensor, " b"]:
+    """Return U, the deviation over elites (unbiased) of ``mean_m min_j Q̄_j(s'_m, a'_m)``, a' from the policy.
+
+    Source: Sun, Zhang, Jia, Lin, Ye, Yu, "Model-Bellman Inconsistency for Model-based Offline Reinforcement Learning",
+    2023. Deviation: all elites share the noise of s' and of a', so that U measures the elites' disagreement alone
+    (elites that agree have U = 0 exactly; with noise of their own U is positive even there).
+    """
+    mean, std = prediction.mean[prediction.elites], prediction.std[prediction.elites]
+    members, rows, columns = mean.shape
+    shape = (members, draws, rows, columns)
+    noise = torch.randn(shape[1:], generator=rng, device=mean.device)
+    after = torch.addcmul(mean[:, None], std[:, None], noise).reshape(-1, columns)
+    actor = policy.actor
+    assert isinstance(actor, SquashedActor)
+    wide = math.prod(policy.action_space.shape or ())
+    drawn = torch.randn((draws, rows, wide), generator=rng, device=mean.device)
+    action = actor.at(after, drawn.expand(members, -1, -1, -1).reshape(-1, wide))
+    return policy.critic_target(after, action).amin(0).view(shape[:3]).mean(1).std(0)
+
+
+class MOPO(OfflineMBPO):
+    """Pay for the model's uncertainty: imagined rewards are ``r - λ u(s, a)``.
+
+    Source: Yu, Thomas, Yu, Ermon, Zou, Levine, Finn, Ma, "MOPO: Model-based Offline Policy Optimization", 2020. λ is in
+    units of the reward and u in those of the observation, so λ does not carry over to another task.
+
+    Args:
+        policy: see `OfflineAlgorithm`.
+        data: see `OfflineAlgorithm`.
+        penalty: u; the source's is "max_aleatoric".
+        penalty_weight: λ, 0.5 to 5 in the source.
+        **common: see `OfflineMBPO`.
+    """
+
+    def __init__(
+        self,
+        policy: str | type[OfflinePolicy] = "MlpPolicy",
+        data: Data | None = None,
+        *,
+        penalty: str | Penalty = "max_aleatoric",
+        penalty_weight: float = 1.0,
+        **common: Any,
+    ) -> None:
+        super().__init__(policy, data, penalty=penalty, penalty_weight=penalty_weight, **common)
+
+
+class COMBO(OfflineMBPO):
+    """CQL's conservatism on imagined states: values are pushed down on the whole batch and up on its logged rows.
+
+    Source: Yu, Kumar, Rafailov, Rajeswaran, Levine, Finn, "COMBO: Conservative Offline Model-Based Policy
+    Optimization", 2021. Pushed down on the mixed batch, with CQL's thirty actions and their densities.
+
+    Args:
+        policy: see `OfflineAlgorithm`.
+        data: see `OfflineAlgorithm`.
+        conservatism: β, 0.5 to 5 in published code.
+        real_ratio: see `OfflineMBPO`.
+        entropy_backup: see `OfflineSAC`.
+        **common: see `OfflineMBPO`.
+    """
+
+    def __init__(
+        self,
+        policy: str | type[OfflinePolicy] = "MlpPolicy",
+        data: Data | None = None,
+        *,
+        conservatism: float = 1.0,
+        real_ratio: float = 0.5,
+        entropy_backup: bool = False,
+        **common: Any,
+    ) -> None:
+        super().__init__(
+            policy,
+            data,
+            conservatism=conservatism,
+            real_ratio=real_ratio,
+            entropy_backup=entropy_backup,
+            **common,
+        )
+
+    def _nets(self) -> dict[str, Any]:
+        return super()._nets() | {"net_arch": WIDE}
+
+
+class MOBILE(OfflineMBPO):
+    """Pay for the disagreement of the elites about the Bellman target, in the target of imagined rows.
+
+    Source: Sun, Zhang, Jia, Lin, Ye, Yu, "Model-Bellman Inconsistency for Model-based Offline Reinforcement Learning",
+    2023; see `bellman_inconsistency`. The source's code also clips targets at 0, which ruins tasks with negative
+    rewards: ``clip_target=True`` does so.
+
+    Args:
+        policy: see `OfflineAlgorithm`.
+        data: see `OfflineAlgorithm`.
+        inconsistency: weight of U, 0.1 to 5 in the source.
+        actor_learning_rate: see `OfflineAlgorithm`.
+        entropy_backup: see `OfflineSAC`.
+        **common: see `OfflineMBPO`.
+    """
+
+    def __init__(
+        self,
+        policy: str | type[OfflinePolicy] = "MlpPolicy",
+        data: Data | None = None,
+        *,
+        inconsistency: float = 0.5,
+        actor_learning_rate: float | Callable[[float], float] | None = Cosine(1e-4),  # noqa: B008 (immutable)
+        entropy_backup: bool = False,
+        **common: Any,
+    ) -> None:
+        super().__init__(
+            policy,
+            data,
+            inconsistency=inconsistency,
+            actor_learning_rate=actor_learning_rate,
+            entropy_backup=entropy_backup,
+            **common,
+        )
+
+
+class RAVL(OfflineMBPO):
+    """No penalty on the model at all: diverse critics, the least of which is trusted, hold down the edge of reach.
+
+    Rollouts are cut after ``horizon`` steps, so some states are only ever a next state: nothing corrects their value,
+    however good the model. The figure ``spread`` (mean minus least critic at next states) is the pessimism applied.
+
+    Source: Sims, Lu, Foerster, Teh, "The Edge-of-Reach Problem in Offline Model-Based Reinforcement Learning", 2024.
+
+    Args:
+        policy: see `OfflineAlgorithm`.
+        data: see `OfflineAlgorithm`.
+        n_critics: N, 10 in the source's example.
+        diversity: η, 1 in the source's example.
+        actor_learning_rate: see `OfflineAlgorithm`.
+        ent_coef_learning_rate: see `OfflineSAC`.
+        max_ent_coef: see `OfflineSAC`.
+        **common: see `OfflineMBPO`.
+    """
+
+    def __init__(
+        self,
+        policy: str | type[OfflinePolicy] = "MlpPolicy",
+        data: Data | None = None,
+        *,
+        n_critics: int = 10,
+        diversity: float = 1.0,
+        actor_learning_rate: Any = 3e-4,
+        ent_coef_learning_rate: float | None = 3e-4,
+        max_ent_coef: float = math.inf,
+        **common: Any,
+    ) -> None:
+        super().__init__(
+            policy,
+            data,
+            n_critics=n_critics,
+            diversity=diversity,
+            actor_learning_rate=actor_learning_rate,
+            ent_coef_learning_rate=ent_coef_learning_rate,
+            max_ent_coef=max_ent_coef,
+            **common,
+        )
+
+    def _nets(self) -> dict[str, Any]:
+        return super()._nets() | DIVERSE_NETS

@@ -1,0 +1,186 @@
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from learneddyn.core import DataError, Prediction, Task, generator
+from learneddyn.models import ProbabilisticEnsemble
+from learneddyn.offline import COMBO, MOBILE, MOPO, RAVL, OfflineMBPO
+from learneddyn.offline.model_based import bellman_inconsistency
+from learneddyn.offline.sac import conservative_values
+from learneddyn.tasks.endless import never
+from learneddyn.testing import check_policy
+
+SMALL = {
+    "policy_kwargs": {"net_arch": (16, 16)},
+    "batch_size": 40,
+    "rollout_batch": 60,
+    "rollout_every": 4,
+    "horizon": 3,
+    "device": "cpu",
+    "seed": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def model(log):
+    ensemble = ProbabilisticEnsemble(
+        num_members=5, num_elites=5, hidden=[16], max_epochs=3, learn_reward=True, learn_termination=True
+    )
+    ensemble.fit(log, rng=generator(0))
+    return ensemble
+
+
+def weights(agent) -> torch.Tensor:
+    return torch.cat([value.flatten().float() for value in agent.policy.state_dict().values()])
+
+
+def test_weights_of_zero_are_one_method(log, model):
+    """COMBO at β = 0, MOPO at λ = 0, MOBILE at weight 0 and RAVL with η = 0 and two critics: one method, bit for bit."""
+    same = {**SMALL, "real_ratio": 0.3, "entropy_backup": True, "actor_learning_rate": 1e-4, "model": model}
+    same |= {"ent_coef_learning_rate": 1e-4, "max_ent_coef": 1.0}
+    plain = {"net_arch": (16, 16), "hidden_bias": None, "last_bounds": None}
+    agents = [
+        kind("MlpPolicy", log, **extra, **(same | {"policy_kwargs": plain})).learn(10)
+        for kind, extra in (
+            (OfflineMBPO, {}),
+            (MOPO, {"penalty_weight": 0.0}),
+            (COMBO, {"conservatism": 0.0}),
+            (MOBILE, {"inconsistency": 0.0}),
+            (RAVL, {"n_critics": 2, "diversity": 0.0}),
+        )
+    ]
+    for other in agents[1:]:
+        assert torch.equal(weights(agents[0]), weights(other)), type(other).__name__
+    moved = MOPO("MlpPolicy", log, penalty_weight=1.0, **(same | {"policy_kwargs": plain})).learn(10)
+    assert not torch.equal(weights(agents[0]), weights(moved))
+
+
+def test_mobile_with_elites_that_agree_is_mbpo(log, model):
+    alike = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in (*alike.weights, *alike.biases):
+            parameter.copy_(parameter[:1].expand_as(parameter))
+    shared = {**SMALL, "model": alike, "entropy_backup": False, "actor_learning_rate": 1e-4}
+    mobile = MOBILE("MlpPolicy", log, inconsistency=5.0, **shared)
+    mbpo = OfflineMBPO("MlpPolicy", log, **shared)
+    disagreeing = MOBILE("MlpPolicy", log, inconsistency=5.0, **(shared | {"model": model}))
+    for step in range(4):
+        for agent in (mobile, mbpo, disagreeing):  # MOBILE draws more numbers per update: compare update by update
+            agent._rng.manual_seed(step)
+            agent.learn(1)
+    torch.testing.assert_close(weights(mobile), weights(mbpo), rtol=0, atol=1e-6)
+    assert (weights(disagreeing) - weights(mbpo)).abs().max() > 1e-5
+
+
+def test_inconsistency_of_one_elite_apart(log, model):
+    """Targets of five elites, one of which lies Δ apart: the unbiased deviation is |Δ| sqrt(1/5)."""
+    kwargs = {"net_arch": {"pi": (16,), "qf": ()}}
+    policy = OfflineMBPO("MlpPolicy", log, model=model, **(SMALL | {"policy_kwargs": kwargs})).policy
+    slope = torch.tensor([0.5, -1.0, 2.0])
+    with torch.no_grad():
+        weight = policy.critic_target.net.weights[0]
+        weight.zero_()
+        weight[:, :3, 0] = slope
+    mean = torch.randn(1, 7, 3, generator=generator(1)).expand(5, -1, -1).clone()
+    zero = torch.zeros(5, 7, 3)
+    alike = Prediction(mean, zero + 0.3, torch.arange(5))
+    assert bellman_inconsistency(policy, alike, generator(2), 10).abs().max() < 1e-6
+    shift = torch.tensor([0.2, 0.1, 0.4])
+    mean[3] += shift
+    spread = bellman_inconsistency(policy, Prediction(mean, zero + 0.3, torch.arange(5)), generator(2), 10)
+    wanted = (slope @ shift).abs() * np.sqrt(1 / 5)
+    torch.testing.assert_close(spread, wanted.expand(7), rtol=1e-4, atol=1e-5)
+    outside = Prediction(mean, zero, torch.tensor([0, 1, 2, 4]))
+    assert bellman_inconsistency(policy, outside, generator(2), 1).abs().max() < 1e-6  # only elites are asked
+
+
+def test_cut_rollouts_are_not_terminated(log, model):
+    """Every start gives ``horizon`` rows where nothing terminates, and none of them is an end."""
+    task = Task("Example-v0", terminated=never)
+    agent = OfflineMBPO("MlpPolicy", log, model=model, task=task, reward_shift=1.0, reward_scale=0.5, **SMALL)
+    agent.learn(1)
+    rows = agent.imagine()
+    assert len(rows) == 60 * 3
+    kept = agent.imagined.unpack(agent.imagined.rows()[-180:])
+    assert not kept.terminated.any()
+    torch.testing.assert_close(kept.reward, (rows.reward + 1) * 0.5)
+    assert kept.action.abs().max() <= 1
+    starts = rows.obs.view(60, 3, 3)[:, 0]
+    assert all(bool((log.obs == start).all(1).any()) for start in starts)
+
+
+def test_rollouts_stop_where_the_task_terminates(log, model):
+    task = Task("Example-v0", terminated=lambda obs: torch.ones(len(obs), dtype=torch.bool))
+    agent = OfflineMBPO("MlpPolicy", log, model=model, task=task, **SMALL).learn(1)
+    assert len(agent.imagined) == 60
+    assert agent.imagined.unpack(agent.imagined.rows()).terminated.all()
+
+
+def test_batches_begin_with_logged_rows(log, model):
+    agent = COMBO("MlpPolicy", log, model=model, real_ratio=0.25, **SMALL).learn(1)
+    batch, logged = agent._batch(), agent._logged_rows()
+    assert logged == 10
+    known = (batch.obs[:, None] == log.obs).all(2) & (batch.action[:, None] == log.action).all(2)
+    assert known.any(1)[:10].all()
+    assert not known.any(1)[10:].any()
+
+
+def test_only_logged_rows_are_pushed_up(log, model):
+    agent = COMBO("MlpPolicy", log, model=model, conservatism=1.0, **SMALL).learn(1)
+    batch, target = agent._batch(), torch.zeros(40)
+    agent._rng.manual_seed(0)
+    q, with_term = agent._critic_loss(batch, target)
+    agent.conservatism = 0.0
+    _, without = agent._critic_loss(batch, target)
+    agent._rng.manual_seed(0)
+    down = conservative_values(agent.policy, batch.obs, batch.next_obs, agent._rng).logsumexp(2).mean(1)
+    torch.testing.assert_close(with_term - without, (down - q[:, :20].mean(1)).sum())
+
+
+def test_the_model_is_fitted_once_and_travels_with_the_agent(log, tmp_path):
+    quick = {"num_members": 3, "num_elites": 2, "hidden": [8], "max_epochs": 2}
+    fresh = ProbabilisticEnsemble(**quick, learn_reward=True, learn_termination=True)
+    agent = MOBILE("MlpPolicy", log, model=fresh, **SMALL).learn(2)
+    assert fresh.spaces == log.spaces
+    fitted = fresh.weights[0].clone()
+    agent.learn(2)
+    assert torch.equal(fitted, fresh.weights[0])
+    agent.save(tmp_path / "agent")
+    loaded = MOBILE.load(tmp_path / "agent", data=log, device="cpu")
+    ask = log.obs[:5], log.action[:5]
+    torch.testing.assert_close(loaded.model.predict(*ask).mean, agent.model.predict(*ask).mean)
+    loaded.learn(2, reset_num_timesteps=False)
+    check_policy(loaded, log.spaces)
+
+
+def test_targets_can_be_kept_above_zero(log, model):
+    agent = MOBILE("MlpPolicy", log, model=model, clip_target=True, **SMALL).learn(1)
+    batch = agent._batch()
+    assert agent._target(batch, torch.full((40,), -50.0)).min() == 0
+    agent.clip_target = False
+    assert (agent._target(batch, torch.full((40,), -50.0)) < 0).any()
+
+
+def test_whether_rollouts_end_must_be_known(log):
+    bare = replace(log, terminated=torch.zeros_like(log.terminated))
+    with pytest.raises(DataError, match="whether imagined rollouts end is unknown"):
+        MOPO("MlpPolicy", bare, **SMALL)
+    MOPO("MlpPolicy", bare, task=Task("Example-v0", terminated=never), **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"penalty": "variance"}, "penalty must be one of .* got 'variance'"),
+        ({"penalty_weight": -1.0}, "penalty_weight must be at least 0"),
+        ({"horizon": 0}, "horizon must be at least 1, got 0"),
+        ({"real_ratio": 1.5}, r"real_ratio must be in \[0, 1\], got 1.5"),
+        ({"sampler": "best"}, "unknown sampler 'best'"),
+    ],
+)
+def test_arguments_outside_their_range(log, model, argument, message):
+    with pytest.raises(ValueError, match=message):
+        OfflineMBPO("MlpPolicy", log, model=model, **(SMALL | argument)).learn(1)
