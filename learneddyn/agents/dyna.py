@@ -290,6 +290,17 @@ class Dyna(OffPolicyAlgorithm):
             "real",
         )
 
+    def work(self, total_timesteps: int) -> dict[str, int]:
+        """Return what learning for so many real steps asks for: updates, fits, and imagined steps at most."""
+        first = self.learning_starts + 1
+        fits = [first, *range((first // self.refit_every + 1) * self.refit_every, total_timesteps + 1, self.refit_every)]
+        lengths = [rollout_length(self.schedule, step // EPOCH) for step in fits if step <= total_timesteps]
+        return {
+            "updates": max(0, total_timesteps - self.learning_starts) * self.gradient_steps,
+            "fits": len(lengths),
+            "imagined_steps": sum(lengths) * self.rollout_batch,
+        }
+
     def _check_task(self, data: Transitions) -> None:
         """Refuse a task whose functions are not those of the environment: another version, other arguments."""
         task = self.task

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from stable_baselines3.common.logger import configure
 from learneddyn.agents import Dyna
 from learneddyn.agents.checkpoint import load_checkpoint, save_checkpoint
 from learneddyn.core import Json
-from learneddyn.evaluation import evaluate
+from learneddyn.evaluation import Returns, evaluate
 from learneddyn.files import replace_file, surviving_folder
 from learneddyn.runs.seeds import Notify, silent
 
@@ -49,6 +50,7 @@ def learn_online(
     steps: int,
     judge_every: int = 1000,
     episodes: int = 5,
+    env_kwargs: Json | None = None,
     seed: int = 0,
     device: str = "cpu",
     notify: Notify = silent,
@@ -65,12 +67,13 @@ def learn_online(
         steps: real steps in all.
         judge_every: real steps between two judgements (and checkpoints).
         episodes: per judgement.
+        env_kwargs: arguments of the environment.
         seed: of the judged episodes.
         device: of agent and model.
         notify: told how far it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    env = gym.make(env_id)
+    env = gym.make(env_id, **env_kwargs or {})
     agent = make(env)
     marks: list[Mark] = []
     if isinstance(agent, Dyna) and surviving_folder(folder / "checkpoint").exists():
@@ -80,7 +83,8 @@ def learn_online(
     if left > 0:
         sinks = ["csv", "tensorboard"] if importlib.util.find_spec("tensorboard") else ["csv"]
         agent.set_logger(configure(str(folder / f"log-{agent.num_timesteps}"), sinks))
-        judge = _Judge(env_id, folder, marks, judge_every, episodes, seed, notify, steps)
+        judged = partial(evaluate, real_id=env_id, episodes=episodes, seed=JUDGE_SEED + seed, env_kwargs=env_kwargs)
+        judge = _Judge(judged, folder, marks, judge_every, notify, steps)
         agent.learn(left, callback=judge, reset_num_timesteps=agent.num_timesteps == 0)
         judge.judge()
         agent.logger.close()
@@ -99,19 +103,11 @@ class _Judge(BaseCallback):
     """Judges and saves between two steps."""
 
     def __init__(
-        self,
-        env_id: str,
-        folder: Path,
-        marks: list[Mark],
-        every: int,
-        episodes: int,
-        seed: int,
-        notify: Notify,
-        steps: int,
+        self, judged: Callable[..., Returns], folder: Path, marks: list[Mark], every: int, notify: Notify, steps: int
     ) -> None:
         super().__init__()
-        self.env_id, self.folder, self.marks, self.every, self.episodes = env_id, folder, marks, every, episodes
-        self.seed, self.notify, self.steps = seed, notify, steps
+        self.judged, self.folder, self.marks, self.every = judged, folder, marks, every
+        self.notify, self.steps = notify, steps
         self.spent = marks[-1].cpu_seconds if marks else 0.0
         self.begun = time.process_time()
 
@@ -126,7 +122,7 @@ class _Judge(BaseCallback):
         if self.marks and self.marks[-1].real_steps == steps:
             return
         spent = self.spent + time.process_time() - self.begun
-        real = evaluate(self.model, self.env_id, episodes=self.episodes, seed=JUDGE_SEED + self.seed)
+        real = self.judged(self.model)
         figures = dict(self.model.figures) if isinstance(self.model, Dyna) else {}
         self.marks.append(Mark(steps, [float(value) for value in real.returns], round(spent, 1), figures))
         entries: list[Json] = [mark._asdict() for mark in self.marks]
