@@ -18,21 +18,21 @@ Updates of actor and critics (`OfflineAlgorithm` holds data, nets, files and log
 
 The same update inside a learned model, `OfflineMBPO` (model_based.py), is a product of parts, each of which can be off:
 
-    dynamics model     x  reward transform       x  transition selector  x  critic rule             x  data mix
-    ``model``: any        ``penalty``,              ``sampler``             ``n_critics``,             ``real_ratio``,
-    AbstractDynamics      ``penalty_weight``                                ``diversity``,             ``horizon``,
-                                                                            ``conservatism``,          ``rollout_batch``,
-                                                                            ``inconsistency``          ``retain``
+    dynamics model   x reward transform  x selector   x critic rule           x data mix
+    ``model``: any     ``penalty``,        ``sampler``  ``n_critics``,          ``real_ratio``, ``horizon``,
+    AbstractDynamics   ``penalty_weight``               ``diversity``,          ``rollout_batch``,
+                                                        ``conservatism``,       ``rollout_every``,
+                                                        ``inconsistency``       ``retain``
 
-    MBPO, offline         penalty_weight = 0        elite                   twin                       .05 real
-    `MOPO`                max_aleatoric, λ          elite                   twin                       .05
-    `COMBO`               none                      elite                   conservatism β             .5
-    `MOBILE`              none                      elite                   inconsistency              .05
-    `RAVL`                none                      elite                   n_critics, diversity η     .05
+    MBPO, offline      penalty_weight = 0  elite        twin                    real_ratio .05
+    `MOPO`             max_aleatoric, λ    elite        twin                    .05
+    `COMBO`            none                elite        conservatism β          .5
+    `MOBILE`           none                elite        inconsistency           .05
+    `RAVL`             none                elite        n_critics, diversity η  .05
 
-With its own weight at 0 (RAVL: with two critics) each is MBPO, and MBPO on logged rows only is SAC: the tests hold both
-exactly. A method of your own is another choice of parts: ``OfflineMBPO("MlpPolicy", data, penalty="ensemble_std",
-penalty_weight=2.0, diversity=1.0, n_critics=10)``; a new selector is a `learneddyn.world.Sampler`, a new penalty a
+With its own weight at 0 (RAVL: with two critics) each is MBPO, bit for bit, and the update of MBPO is SB3's SAC: tests
+hold both. A method of your own is another choice of parts: ``OfflineMBPO("MlpPolicy", data, penalty="ensemble_std",
+penalty_weight=2.0, n_critics=10, diversity=1.0)``; a new selector is a `learneddyn.world.Sampler`, a new penalty a
 `learneddyn.core.Penalty`.
 """
 

@@ -38,7 +38,7 @@ def weights(agent) -> torch.Tensor:
 
 
 def test_weights_of_zero_are_one_method(log, model):
-    """COMBO at β = 0, MOPO at λ = 0, MOBILE at weight 0 and RAVL with η = 0 and two critics: one method, bit for bit."""
+    """COMBO at β = 0, MOPO at λ = 0, MOBILE at 0 and RAVL with η = 0 and two critics: one method, bit for bit."""
     same = {**SMALL, "real_ratio": 0.3, "entropy_backup": True, "actor_learning_rate": 1e-4, "model": model}
     same |= {"ent_coef_learning_rate": 1e-4, "max_ent_coef": 1.0}
     plain = {"net_arch": (16, 16), "hidden_bias": None, "last_bounds": None}
