@@ -134,6 +134,8 @@ class PETS(BaseAlgorithm):
         """Real return of every finished trial."""
         self.figures: dict[str, float] = {}
         """Latest diagnostics, under their logger keys."""
+        self.history: list[dict[str, float]] = []
+        """`figures` at the end of every finished trial."""
         self.watch = Stopwatch()
         self.mpc: MPC | None = None
         self._rows: list[tuple[np.ndarray, ...]] = []
@@ -287,6 +289,7 @@ class PETS(BaseAlgorithm):
                 self._judge(trial.to(self.device), seen.to(self.device))
         self.data = seen
         self.returns.append(float(trial.reward.sum()))
+        self.history.append(dict(self.figures))
         self._rows = []
 
     def _judge(self, fresh: Transitions, seen: Transitions) -> None:
@@ -352,11 +355,11 @@ class PETS(BaseAlgorithm):
         """
         if exclude is not None or include is not None:
             raise ValueError("PETS.save pickles nothing, so there is nothing to exclude or include")
-        data, returns = self.data, self.returns
+        data, returns, history = self.data, self.returns, self.history
         if self._rows:
             running = self._running()
             data = running if data is None else Transitions.cat([data, running])
-            returns = [*returns, float(running.reward.sum())]
+            returns, history = [*returns, float(running.reward.sum())], [*history, self.figures]
         card = {
             "format": FORMAT,
             "class": _name(type(self)),
@@ -370,7 +373,7 @@ class PETS(BaseAlgorithm):
             "planning_seed": None if self.mpc is None else self.mpc.seed,
             "num_timesteps": self.num_timesteps,
             "returns": returns,
-            "figures": self.figures,
+            "history": history,
             "seconds": self.watch.seconds,
         }
         with replaced_folder(Path(path)) as fresh:
@@ -424,7 +427,8 @@ class PETS(BaseAlgorithm):
         if env is None:
             agent.env = None
         agent.returns, agent.num_timesteps = card["returns"], card["num_timesteps"]
-        agent.figures, agent.watch.seconds = card["figures"], card["seconds"]
+        agent.history, agent.watch.seconds = card["history"], card["seconds"]
+        agent.figures = dict(agent.history[-1]) if agent.history else {}
         if agent.mpc is not None:
             agent.mpc = agent._make_mpc(card["planning_seed"])
         if (folder / "data.safetensors").exists():

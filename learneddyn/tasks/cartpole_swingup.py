@@ -37,7 +37,8 @@ def reward(
 ) -> Tensor:
     """Return how near the tip is to its highest place, minus the effort."""
     x, angle = next_obs[:, 0] / pole_length, next_obs[:, 1]
-    square = (x - angle.sin()).square() + (angle.cos() + 1).square()
+    # The squared distance, multiplied out: planners spend a noticeable share of their time here.
+    square = x * (x - 2 * angle.sin()) + 2 * angle.cos() + 2
     return (-square).exp() - 0.01 * action[:, 0].square()
 
 
