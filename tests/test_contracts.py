@@ -28,7 +28,7 @@ PLANNERS = [
     for planner in (getattr(learneddyn.planners, name) for name in learneddyn.planners.__all__)
     if isinstance(planner, type) and issubclass(planner, AbstractPlanner) and not inspect.isabstract(planner)
 ]
-QUICK = {"max_epochs": 2, "num_members": 3, "num_elites": 2}
+QUICK = {"max_epochs": 2, "num_members": 3, "num_elites": 2, "updates": 30}
 """Arguments that keep a fit short, for the models that take them."""
 HEADS = {"learn_reward": True, "learn_termination": True}
 ENVS = [spec.id for spec in gym.registry.values() if str(spec.entry_point).startswith("learneddyn.envs.")]

@@ -4,6 +4,16 @@ from learneddyn.models.base import AbstractDynamics, FitReport, ModelFileError
 from learneddyn.models.ensemble import ProbabilisticEnsemble
 from learneddyn.models.hybrid import Hybrid
 from learneddyn.models.koopman import Koopman
+from learneddyn.models.plrnn import PLRNN
 from learneddyn.models.sindy import SINDy
 
-__all__ = ["AbstractDynamics", "FitReport", "Hybrid", "Koopman", "ModelFileError", "ProbabilisticEnsemble", "SINDy"]
+__all__ = [
+    "PLRNN",
+    "AbstractDynamics",
+    "FitReport",
+    "Hybrid",
+    "Koopman",
+    "ModelFileError",
+    "ProbabilisticEnsemble",
+    "SINDy",
+]

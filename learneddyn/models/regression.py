@@ -65,6 +65,10 @@ class AbstractRegression(AbstractDynamics):
             return answer._replace(mean=answer.mean[0])
         return answer._replace(mean=answer.mean[member, torch.arange(len(obs), device=obs.device)])
 
+    def _held_out(self, rows: int, count: int, rng: torch.Generator) -> Int[Tensor, " h"]:
+        """Return the rows that measure the noise."""
+        return torch.randperm(rows, generator=rng, device=rng.device)[:count]
+
     def _remembered(self, data: Transitions) -> Tensor | None:
         """Return the memory that each row of logged data would be asked with; None for models without memory."""
         return None
@@ -98,7 +102,7 @@ class AbstractRegression(AbstractDynamics):
         try:
             held = max(1, int(self.holdout_ratio * len(data)))
             chosen = torch.ones(len(data), dtype=torch.bool, device=data.device)
-            chosen[torch.randperm(len(data), generator=rng, device=data.device)[:held]] = False
+            chosen[self._held_out(len(data), held, rng)] = False
             history = self._learn(data, chosen, rng, progress)
             metrics = self._measure(data, ~chosen)
         except (DataError, FloatingPointError):

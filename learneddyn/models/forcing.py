@@ -1,0 +1,111 @@
+"""Teacher forcing that keeps gradients of chaotic systems bounded: generalized, adaptive, sparse.
+
+Sources: Hess, Monfared, Brenner, Durstewitz, "Generalized Teacher Forcing for Learning Chaotic Dynamics" (2023); sparse
+forcing as in Mikhaeil, Monfared, Durstewitz, "On the difficulty of learning chaotic dynamics with RNNs" (2022). Usable
+for any recurrent model that can begin a latent state, advance it, and force it towards data (`Cell`).
+
+    z_1 = begin(x_1);   z_{t+1} = advance(force(z_t, x_t, alpha), u_t);   loss: x_{t+1} against observe(z_{t+1})
+
+The loss looks at the state before it is forced; every step of backpropagation meets the factor (1 - alpha), so that the
+product of Jacobians stays bounded for alpha >= 1 - 1 / sigma, sigma bounding their norms. alpha = 1 is one-step
+training, alpha = 0 is backpropagation through time.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@runtime_checkable
+class Cell(Protocol):
+    """A recurrent model as forcing sees it: latent states z [b, m], standardised observations x [b, d], inputs u."""
+
+    def begin(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b m"]:
+        """Return the latent state of sequences that start at x."""
+        ...
+
+    def advance(self, z: Float[Tensor, "b m"], u: Float[Tensor, "b a"]) -> Float[Tensor, "b m"]:
+        """Return the next latent state."""
+        ...
+
+    def observe(self, z: Float[Tensor, "b m"]) -> Float[Tensor, "b q"]:
+        """Return what the latent state says: the observation first, then anything else that is learned."""
+        ...
+
+    def force(self, z: Float[Tensor, "b m"], x: Float[Tensor, "b d"], alpha: float) -> Float[Tensor, "b m"]:
+        """Return the state moved by the share alpha towards one that shows x."""
+        ...
+
+
+def forced_loss(
+    cell: Cell,
+    x: Float[Tensor, "b t d"],
+    u: Float[Tensor, "b t a"],
+    target: Float[Tensor, "b t q"],
+    alpha: float,
+    *,
+    every: int = 1,
+) -> Float[Tensor, ""]:
+    """Return the mean squared error along sequences.
+
+    Args:
+        cell: the model.
+        x: observations before each step, standardised.
+        u: inputs of each step.
+        target: what `Cell.observe` should say after each step.
+        alpha: strength of forcing, 0 to 1.
+        every: force only at every n-th step (sparse teacher forcing with ``alpha=1``).
+    """
+    z = cell.begin(x[:, 0])
+    said = []
+    for step in range(x.shape[1]):
+        if step and alpha and step % every == 0:
+            z = cell.force(z, x[:, step], alpha)
+        z = cell.advance(z, u[:, step])
+        said.append(cell.observe(z))
+    return (torch.stack(said, dim=1) - target).square().mean()
+
+
+@torch.no_grad()
+def needed_forcing(cell: Cell, x: Float[Tensor, "b t d"], u: Float[Tensor, "b t a"]) -> float:
+    """Return max(0, 1 - 1 / sigma), sigma the largest geometric mean over a sequence of the Jacobians' norms.
+
+    The Jacobians are taken at states forced to the data, as the source's "product upper bound" does.
+    """
+
+    def one(z: Tensor, v: Tensor) -> Tensor:
+        return cell.advance(z[None], v[None])[0]
+
+    z = cell.begin(x[:, 0])
+    logs = []
+    for step in range(x.shape[1]):
+        z = cell.force(z, x[:, step], 1.0)
+        jacobians = torch.vmap(torch.func.jacrev(one))(z, u[:, step])
+        logs.append(torch.linalg.matrix_norm(jacobians, ord=2).log())
+        z = cell.advance(z, u[:, step])
+    sigma = float(torch.stack(logs).mean(dim=0).max().exp())
+    return max(0.0, 1.0 - 1.0 / sigma)
+
+
+class AdaptiveForcing:
+    """alpha that follows what the Jacobians need: up at once, down slowly.
+
+    Args:
+        decay: of alpha towards a lower estimate, per update of the estimate.
+        interval: training batches between two estimates.
+        start: first alpha.
+    """
+
+    def __init__(self, decay: float, interval: int = 5, start: float = 1.0) -> None:
+        self.decay, self.interval, self.alpha, self._batches = decay, interval, start, 0
+
+    def update(self, cell: Cell, x: Float[Tensor, "b t d"], u: Float[Tensor, "b t a"]) -> float:
+        """Return the alpha for this batch."""
+        if self._batches % self.interval == 0:
+            needed = needed_forcing(cell, x, u)
+            slow = self.decay * self.alpha + (1 - self.decay) * needed
+            self.alpha = needed if needed > self.alpha else slow
+        self._batches += 1
+        return self.alpha
