@@ -53,7 +53,7 @@ def model():
 @pytest.mark.parametrize("kind", ["shallow", "clipped", "almost-linear"])
 def test_a_linear_system_is_learned(kind):
     data = oscillator(action=True)
-    quick = QUICK | {"updates": 500, "window": 2}
+    quick = QUICK | {"updates": 700, "window": 2}
     model = PLRNN(kind, hidden=30, relus=0, alpha=1.0, learning_rate=0.02, **quick)
     metrics = model.fit(data, rng=generator(0)).metrics
     assert metrics["holdout_mse"] < 0.5 * float((data.next_obs - data.obs).square().mean())
