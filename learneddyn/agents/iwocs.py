@@ -19,6 +19,7 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -28,6 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
@@ -111,12 +113,13 @@ class IWOCS(Generic[M]):
         case_timesteps: environment steps of every case's agent.
         agent: class of the agents, with SB3's continuous critics.
         agent_kwargs: of its constructor.
+        lanes: environments that every agent trains on side by side.
         fit_steps: gradient steps of every critic and every forecast, with 256 rows each.
         radii: radii to choose from, in units of the observation's columns summed.
         probes: random models, besides those solved and found, over which radii are compared; 0 and one radius: no play.
         episodes: per model, with the same seeds for all models, to value a policy.
         tolerance: of the stop rule, in discounted return.
-        seed: of everything; agents get seed, seed + 1 ...
+        seed: of everything; agents get seed, seed + 100 ...
         verbose: 1 prints a line per case.
 
     Raises:
@@ -135,6 +138,7 @@ class IWOCS(Generic[M]):
         case_timesteps: int,
         agent: type[OffPolicyAlgorithm] = FastSAC,
         agent_kwargs: dict[str, Any] | None = None,
+        lanes: int = 1,
         fit_steps: int = 2000,
         radii: Sequence[float] = RADII,
         probes: int = 4,
@@ -146,6 +150,7 @@ class IWOCS(Generic[M]):
         for name, value, least in (
             ("default_timesteps", default_timesteps, 1),
             ("case_timesteps", case_timesteps, 1),
+            ("lanes", lanes, 1),
             ("fit_steps", fit_steps, 1),
             ("radii", len(radii), 1),
             ("probes", probes, 0),
@@ -156,6 +161,7 @@ class IWOCS(Generic[M]):
         self.make, self.nominal, self.search, self.draw = make, nominal, search, draw
         self.default_timesteps, self.case_timesteps = default_timesteps, case_timesteps
         self.agent, self.agent_kwargs, self._policy_name = agent, dict(agent_kwargs or {}), policy
+        self.lanes = lanes
         self.fit_steps, self.radii, self.probes, self.episodes = fit_steps, tuple(radii), probes, episodes
         self.tolerance, self.seed, self.verbose = tolerance, seed, verbose
         self.rounds: list[Round[M]] = []
@@ -181,7 +187,7 @@ class IWOCS(Generic[M]):
                 f"total_timesteps must be at least {wanted} (default agent and one case), got {total_timesteps}"
             )
         if self.policy is None:
-            env = Randomised(self.make, self.draw, self.nominal)
+            env = partial(Randomised, self.make, self.draw, self.nominal)
             default = self._trained(env, self.default_timesteps, 0, callback, progress_bar)
             self.policy = RobustPolicy(default, [])
             total_timesteps -= self.default_timesteps
@@ -269,16 +275,18 @@ class IWOCS(Generic[M]):
         return abs(last.value - last.promised) > self.tolerance and not known
 
     def _trained(
-        self, env: gym.Env[Any, Any], steps: int, number: int, callback: MaybeCallback, progress_bar: bool
+        self, make: Callable[[], gym.Env[Any, Any]], steps: int, number: int, callback: MaybeCallback, bar: bool
     ) -> OffPolicyAlgorithm:
-        agent = self.agent(self._policy_name, env, seed=self.seed + number, **self.agent_kwargs)
-        agent.learn(steps, callback=callback, progress_bar=progress_bar)
+        seed = self.seed + 100 * number
+        env = make_vec_env(make, self.lanes, seed)
+        agent = self.agent(self._policy_name, env, seed=seed, **self.agent_kwargs)
+        agent.learn(steps, callback=callback, progress_bar=bar)
         return agent
 
     def _solved(self, model: M, callback: MaybeCallback, progress_bar: bool) -> Case[M]:
         assert self.policy is not None
         number = len(self.policy.cases) + 1
-        agent = self._trained(self.make(model), self.case_timesteps, number, callback, progress_bar)
+        agent = self._trained(partial(self.make, model), self.case_timesteps, number, callback, progress_bar)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed + number)
             critic = unregularised_critic(agent, self.fit_steps)
