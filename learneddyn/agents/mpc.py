@@ -1,5 +1,6 @@
 """Model predictive control: at every step plan inside a world, execute the first action, plan again."""
 
+import itertools
 import time
 from typing import Any
 
@@ -24,9 +25,9 @@ class MPC:
     afresh. SB3's ``evaluate_policy`` and `learneddyn.evaluation.evaluate` do the former.
 
     With ``deterministic=True`` the numbers drawn follow from ``seed`` and the steps that ``state`` counts, so that the
-    same observations and state give the same actions; otherwise they come from a generator that goes on from call to
-    call. Worlds that draw random numbers draw them for all lanes together; with a deterministic one (the truth, or
-    ``sampler="mean"``) a lane's actions do not depend on the others, as long as they stand at the same step.
+    same observations and state give the same actions; otherwise every call draws new ones. Worlds that draw random
+    numbers draw them for all lanes together; with a deterministic one (the truth, or ``sampler="mean"``) a lane's
+    actions do not depend on the others, as long as they stand at the same step of their episodes.
 
     Each step costs about `evaluations` model evaluations per lane; fewer where ``budget_ms`` ends the search.
 
@@ -67,7 +68,7 @@ class MPC:
         self.chunk, self.seed = chunk, seed
         self.device = world.dynamics.elites.device
         self._low, self._high = (torch.as_tensor(b, device=self.device) for b in _bounds(world, planner))
-        self._rng = generator(seed, self.device)
+        self._calls = itertools.count()
         if max_evaluations is not None and self.evaluations > max_evaluations:
             raise ValueError(f"this MPC needs {self.cost}, allowed are {max_evaluations}")
         if verbose:
@@ -104,18 +105,18 @@ class MPC:
         batch: Any = observation if many else _one(observation)
         obs = torch.as_tensor(encode(space, batch), device=self.device)
         before = self._resumed(len(obs), state, episode_start)
-        rng = self._rng
-        if deterministic:
-            entropy = np.random.SeedSequence((self.seed, *before.step.tolist()))
-            rng = generator(int(entropy.generate_state(1)[0]), self.device)
+        history = (0, *np.unique(before.step.cpu())) if deterministic else (1, next(self._calls))
+        seeds = np.random.SeedSequence((self.seed, *history)).generate_state(2)
+        # Apart, because a world draws more numbers for more lanes and would set the planner's draws off.
+        planning, imagining = (generator(int(seed), self.device) for seed in seeds)
 
         def score(plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s"]:
-            return self.world.returns(obs, plans, rng, self.particles, self.chunk)
+            return self.world.returns(obs, plans, imagining, self.particles, self.chunk)
 
         with torch.no_grad():
-            plan, after = self.planner.plan(score, before, self._low, self._high, rng, deadline)
+            plan, after = self.planner.plan(score, before, self._low, self._high, planning, deadline)
         action = decode(self.world.spaces.action, plan[:, 0].cpu().numpy())
-        return action if many else action[0], tuple(part.cpu().numpy() for part in after)
+        return action if many else np.asarray(action[0]), tuple(part.cpu().numpy() for part in after)
 
     def _resumed(self, lanes: int, state: tuple[np.ndarray, ...] | None, episode_start: np.ndarray | None) -> PlanState:
         """Return the planning state of every lane, afresh where an episode starts."""
