@@ -149,9 +149,8 @@ CLAIM = Claim(
         "Tables: the windy walk of 25 winds, in a layout of ours. Learned: the real inverted pendulum with pole masses "
         f"of 1 to 31 and cart masses of 1 to 11 times the usual. The default agent learns for {DEFAULT_STEPS} steps on "
         f"random masses, each of {CASES} cases for {CASE_STEPS} (published: 1.6 and 0.8 million); SAC with domain "
-        f"randomisation gets all {TOTAL_STEPS} steps, SAC on nominal masses is the first case's agent. The worst case is "
-        "found on a 5x5 grid (published: CMA-ES) and "
-        f"judged on another of {SIDE}x{SIDE}, from other starts."
+        f"randomisation gets all {TOTAL_STEPS} steps, SAC on nominal masses is the first case's agent. The worst case "
+        f"is found on a 5x5 grid (published: CMA-ES) and judged on another of {SIDE}x{SIDE}, from other starts."
     ),
     measure=measure,
     findings=findings,
