@@ -7,11 +7,12 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces as gs
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from learneddyn.core import State
 from learneddyn.spaces import Spaces, decode, encode, flat_dim
+from learneddyn.world import Row
 
 TOLERANCE = 1e-5
 """Share of an action's range by which it may leave its bounds: rounding of rescaled float32 actions, nothing more."""
@@ -41,10 +42,12 @@ class Interface:
         low, high = _bounds(self.action, 0.0, 1.0)
         slack = np.where(np.isfinite(high - low), TOLERANCE * (high - low), 0.0).astype(np.float32)
         self._action_low, self._action_high = low - slack, high + slack
+        self._actions_shape = (lanes, *self.action.shape) if isinstance(self.action, gs.Box) else ()
         # One comparison of the extremes is several times cheaper than one per entry, and bounds are mostly uniform.
         self._uniform = bool((low == low[0]).all() and (high == high[0]).all()) if len(low) else False
         low, high = _bounds(self.observation, -np.inf, np.inf)
         self._obs_low, self._obs_high = torch.from_numpy(low).to(device), torch.from_numpy(high).to(device)
+        self._row_bounds = low, high
         self._bounded = bool(np.isfinite(low).any() or np.isfinite(high).any())
 
     def to_world(self, actions: Any) -> Float[Tensor, "b a"]:
@@ -56,29 +59,20 @@ class Interface:
         if isinstance(actions, Tensor):
             columns = self._tensor_columns(actions)
             low, high = (float(bound) for bound in columns.aminmax()) if self._uniform else (np.nan, np.nan)
-        else:
-            array = self._array_columns(actions)
-            if array.size <= _FEW:
-                entries = array.ravel().tolist()
-                # Python's extremes pass over a NaN, and its sum does not.
-                low, high = (min(entries), max(entries)) if math.isfinite(sum(entries)) else (np.nan, np.nan)
-            else:
-                low, high = np.minimum.reduce(array, axis=None), np.maximum.reduce(array, axis=None)
-            columns = torch.from_numpy(array)
-            columns = columns if self._on_cpu else columns.to(self.device)
-        if not (self._uniform and low >= self._action_low[0] and high <= self._action_high[0]):
-            self._refuse_out_of_bounds(columns)
-        return columns
+            self._check_bounds(low, high, columns)
+            return columns
+        columns = torch.from_numpy(self._checked_array(actions))
+        return columns if self._on_cpu else columns.to(self.device)
 
-    def one_to_world(self, action: Any) -> Float[Tensor, "1 a"]:
-        """Return a single action as one row on the world's device.
+    def one_to_array(self, action: Any) -> Float32[np.ndarray, "1 a"]:
+        """Return a single action as one row.
 
         Raises:
             InvalidAction: wrong shape, NaN, or out of bounds.
         """
         if isinstance(self.action, gs.Box):
-            return self.to_world(np.asarray(action)[None])
-        return self.to_world(batch_of_one(self.action, action))
+            return self._checked_array(np.asarray(action)[None])
+        return self._checked_array(batch_of_one(self.action, action))
 
     def start_to_world(self, obs: Any) -> Float[Tensor, "b o"]:
         """Return a batch of observations to start from as columns on the world's device.
@@ -101,27 +95,41 @@ class Interface:
         """Return an imagined state clamped to the bounds of the observation space, as a simulator keeps to them."""
         return state._replace(obs=state.obs.clamp(self._obs_low, self._obs_high)) if self._bounded else state
 
+    def confine_row(self, row: Row) -> Row:
+        """Return a single imagined state clamped as `confine` does."""
+        return row._replace(obs=np.clip(row.obs, *self._row_bounds)) if self._bounded else row
+
     def to_agent(self, obs: Float[Tensor, "b o"]) -> Any:
         """Return columns as a batch of elements of the observation space, in fresh NumPy memory."""
         flat = (obs if self._on_cpu else obs.cpu()).numpy()
         if isinstance(self.observation, gs.Box):
-            return np.array(flat, self.observation.dtype).reshape(len(flat), *self.observation.shape)
+            batch = np.array(flat, self.observation.dtype)
+            return batch if len(self.observation.shape) == 1 else batch.reshape(len(flat), *self.observation.shape)
         return decode(self.observation, flat.copy())
 
-    def one_to_agent(self, obs: Float[Tensor, "1 o"]) -> Any:
+    def one_to_agent(self, obs: Float32[np.ndarray, " o"]) -> Any:
         """Return one row as an element of the observation space, in fresh memory."""
-        if self._on_cpu and isinstance(self.observation, gs.Box):
-            return np.array(obs.numpy()[0], self.observation.dtype).reshape(self.observation.shape)
-        return row(self.observation, self.to_agent(obs), 0)
+        if isinstance(self.observation, gs.Box):
+            return np.array(obs, self.observation.dtype).reshape(self.observation.shape)
+        return row(self.observation, decode(self.observation, obs[None].copy()), 0)
+
+    def _checked_array(self, actions: Any) -> Float32[np.ndarray, "b a"]:
+        array = self._array_columns(actions)
+        if array.size <= _FEW:
+            entries = array.ravel().tolist()
+            # Python's extremes pass over a NaN, and its sum does not.
+            low, high = (min(entries), max(entries)) if math.isfinite(sum(entries)) else (np.nan, np.nan)
+        else:
+            low, high = float(np.minimum.reduce(array, axis=None)), float(np.maximum.reduce(array, axis=None))
+        self._check_bounds(low, high, array)
+        return array
 
     def _array_columns(self, actions: Any) -> np.ndarray:
         space = self.action
         if isinstance(space, gs.Box):
             array = np.ascontiguousarray(actions, np.float32)
-            if array.shape != (self.lanes, *space.shape):
-                raise InvalidAction(
-                    f"actions for {space} must have shape {(self.lanes, *space.shape)}, got {array.shape}"
-                )
+            if array.shape != self._actions_shape:
+                raise InvalidAction(f"actions for {space} must have shape {self._actions_shape}, got {array.shape}")
             array = array if array.ndim == 2 else array.reshape(self.lanes, -1)
         else:
             if isinstance(space, gs.Discrete | gs.MultiDiscrete) and np.asarray(actions).dtype.kind not in "iu":
@@ -137,13 +145,17 @@ class Interface:
     def _tensor_columns(self, actions: Tensor) -> Tensor:
         if not isinstance(self.action, gs.Box):
             return torch.from_numpy(self._array_columns(actions.cpu().numpy())).to(self.device)
-        shape = (self.lanes, *self.action.shape)
-        if actions.shape != shape:
-            raise InvalidAction(f"actions for {self.action} must have shape {shape}, got {tuple(actions.shape)}")
+        if actions.shape != self._actions_shape:
+            raise InvalidAction(
+                f"actions for {self.action} must have shape {self._actions_shape}, got {tuple(actions.shape)}"
+            )
         return actions.detach().to(self.device, torch.float32).reshape(self.lanes, -1)
 
-    def _refuse_out_of_bounds(self, columns: Tensor) -> None:
-        array = columns.cpu().numpy()
+    def _check_bounds(self, low: float, high: float, columns: Tensor | np.ndarray) -> None:
+        """Refuse actions out of bounds, given their extremes, which settle most cases."""
+        if self._uniform and low >= self._action_low[0] and high <= self._action_high[0]:
+            return
+        array = columns.cpu().numpy() if isinstance(columns, Tensor) else columns
         inside = (array >= self._action_low) & (array <= self._action_high)
         if not inside.all():
             lane, column = np.argwhere(~inside)[0]

@@ -10,7 +10,7 @@ from learneddyn.core import State, generator
 from learneddyn.envs.interface import Interface, batch_of_one
 from learneddyn.envs.start import Start, start_states
 from learneddyn.envs.worlds import load_world
-from learneddyn.world import World
+from learneddyn.world import Row, RowStep, World, step_row, steps_rows
 from learneddyn.world.draw import StateArtist
 
 DEFAULT_HORIZON = 1000
@@ -62,7 +62,7 @@ class LearnedEnv(gym.Env[Any, Any]):
         self._size = (width, height)
         self._artist: StateArtist | None = None
         self._rng: torch.Generator | None = None
-        self._state: State | None = None
+        self._state: State | Row | None = None
         self._steps, self._ended = 0, True
         # Making this object costs more per step than entering it.
         self._no_grad = torch.no_grad()
@@ -93,16 +93,25 @@ class LearnedEnv(gym.Env[Any, Any]):
         """
         if self._ended or self._state is None or self._rng is None:
             raise gym.error.ResetNeeded("no episode is running: call env.reset() first, and after an episode ended")
-        columns = self._interface.one_to_world(action)
-        with self._no_grad:
-            state, step = self.world.step(self._state, columns, self._rng)
-        self._state = self._interface.confine(state)
+        reward, terminated, trusted = self._advance(self._state, self._interface.one_to_array(action), self._rng)
         self._steps += 1
-        terminated, trusted = bool(step.terminated.item()), bool(step.trusted.item())
         truncated = self._steps >= self.horizon or not trusted
         self._ended = terminated or truncated
         info = {"trusted": trusted} if truncated else {}
-        return self._observation(), step.reward.item(), terminated, truncated, info
+        return self._observation(), reward, terminated, truncated, info
+
+    def _advance(self, state: State | Row, action: np.ndarray, rng: torch.Generator) -> RowStep:
+        """Advance the lane, in NumPy where the world can."""
+        if steps_rows(self.world):
+            row = state if isinstance(state, Row) else Row(state.obs.numpy()[0], int(state.member.item()))
+            row, ended = step_row(self.world, row, action[0], rng)
+            self._state = self._interface.confine_row(row)
+            return ended
+        with self._no_grad:
+            before = state.state() if isinstance(state, Row) else state
+            after, step = self.world.step(before, torch.from_numpy(action).to(self._device), rng)
+        self._state = self._interface.confine(after)
+        return RowStep(step.reward.item(), bool(step.terminated.item()), bool(step.trusted.item()))
 
     def render(self) -> np.ndarray | None:
         """Return a frame of the imagined state, uint8 ``[height, width, 3]``, or None without a render mode.
@@ -116,7 +125,7 @@ class LearnedEnv(gym.Env[Any, Any]):
             raise gym.error.ResetNeeded("there is no state to draw: call env.reset() first")
         if self._artist is None:
             self._artist = StateArtist(self.world.task, *self._size)
-        return self._artist.frame(self._state.obs[0])
+        return self._artist.frame(self._row())
 
     def close(self) -> None:
         """Release the renderer; a second call does nothing."""
@@ -125,8 +134,11 @@ class LearnedEnv(gym.Env[Any, Any]):
             self._artist = None
 
     def _observation(self) -> Any:
+        return self._interface.one_to_agent(self._row())
+
+    def _row(self) -> np.ndarray:
         assert self._state is not None
-        return self._interface.one_to_agent(self._state.obs)
+        return self._state.obs if isinstance(self._state, Row) else self._state.obs.cpu().numpy()[0]
 
 
 def make_env(

@@ -138,8 +138,12 @@ class LearnedVectorEnv(VectorEnv[Any, Any, Any]):
             state, step = self.world.step(self._state, action, self._noise_rng)
         self._state = state = self._interface.confine(state)
         self._clock += 1
-        reward = step.reward.clone() if self.output == "torch" else step.reward.cpu().numpy().astype(np.float64)
         terminated, trusted = _on_host(step)
+        reward: Any = step.reward
+        if self.output == "torch":
+            reward = reward.clone()
+        else:
+            reward = (reward if reward.is_cpu else reward.cpu()).numpy().astype(np.float64)
         if (
             self._any_ended
             or self._clock >= self._next_deadline

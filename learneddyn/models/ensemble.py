@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, silu, softplus
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
@@ -255,7 +255,7 @@ class ProbabilisticEnsemble(AbstractDynamics):
         self._require_fitted()
         frozen = self._frozen_for(obs, action)
         if frozen and obs.shape[0] == 1 and obs.is_cpu:
-            return Outcome(*self._sample_one(frozen, obs, action, member, rng, noise), memory)
+            return Outcome(*self._sample_one(obs, action, member, rng, noise), memory)
         if frozen:
             answer = frozen.networks.grouped(self._inputs(obs, action), member)
         else:
@@ -319,26 +319,50 @@ class ProbabilisticEnsemble(AbstractDynamics):
         reward = mean[:, o] if self.learn_reward else None
         return Outcome(mean[:, :o].addcmul(self.relative, obs), reward, ended, memory)
 
-    def _sample_one(
-        self, frozen: _Frozen, obs: Tensor, action: Tensor, member: Tensor, rng: torch.Generator, noise: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return next observation, reward and termination of a single row, with the draws that many rows would use."""
-        now, push = obs.detach().numpy()[0], action.detach().numpy()[0]
-        parts = [now, push]
+    def sample_row(
+        self,
+        obs: Float32[np.ndarray, " o"],
+        action: Float32[np.ndarray, " a"],
+        member: int,
+        rng: torch.Generator,
+        *,
+        noise: bool = True,
+    ) -> tuple[np.ndarray, float | None, bool | None]:
+        """Return next observation, reward and termination of one row: `sample` without the price of tensors.
+
+        On the CPU, in float32, without gradients, with the draws that `sample` makes for one row.
+
+        Raises:
+            ValueError: the ensemble has not been fitted.
+        """
+        self._require_fitted()
+        frozen = self._frozen_now()
+        parts = [obs, action]
         if self.angles:
-            angle = now[frozen.angle]
-            parts = [now[frozen.plain], np.cos(angle), np.sin(angle), push]
-        row, std, logit = frozen.networks.one(np.concatenate(parts), int(member.item()))
+            angle = obs[frozen.angle]
+            parts = [obs[frozen.plain], np.cos(angle), np.sin(angle), action]
+        row, std, logit = frozen.networks.one(np.concatenate(parts), member)
         if noise:
             std *= torch.randn(len(row), generator=rng).numpy()
             row += std
         ended = None
         if logit is not None:
-            ended = torch.tensor([logit]).sigmoid() > (torch.rand(1, generator=rng) if noise else 0.5)
-        o = len(now)
-        row[:o] += frozen.relative * now
-        reward = torch.from_numpy(row[o:]) if self.learn_reward else None
-        return torch.from_numpy(row[None, :o]), reward, ended
+            ended = 0.5 + 0.5 * math.tanh(0.5 * logit) > (torch.rand(1, generator=rng).item() if noise else 0.5)
+        o = len(obs)
+        next_obs = row[:o]
+        next_obs += frozen.relative * obs
+        return next_obs, float(row[o]) if self.learn_reward else None, ended
+
+    def _sample_one(
+        self, obs: Tensor, action: Tensor, member: Tensor, rng: torch.Generator, noise: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        now, push = obs.detach().numpy()[0], action.detach().numpy()[0]
+        next_obs, reward, ended = self.sample_row(now, push, int(member.item()), rng, noise=noise)
+        return (
+            torch.from_numpy(next_obs[None]),
+            None if reward is None else torch.tensor([reward]),
+            None if ended is None else torch.tensor([ended]),
+        )
 
     def _one_per_row(self, obs: Tensor, action: Tensor, member: Tensor) -> _Heads:
         """Return what the member of each row says, such that gradients flow."""
@@ -556,11 +580,15 @@ class ProbabilisticEnsemble(AbstractDynamics):
         """Return a copy of the networks as they are now, or None where a gradient may be asked or a graph traced."""
         if torch.compiler.is_compiling():
             return None
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (obs, action, *self.parameters())):
+            return None
+        return self._frozen_now()
+
+    def _frozen_now(self) -> _Frozen:
+        """Return a copy of the networks as they are now, the last one if nothing has changed."""
         # Through the dictionaries: this runs at every step, and modules take a microsecond per attribute.
         layers = self.weights._parameters.values(), self.biases._parameters.values()
         tensors: list[Any] = [*layers[0], *layers[1], *self._parameters.values(), *self._buffers.values()]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (obs, action, *tensors)):
-            return None
         # PyTorch counts the in-place writes of a tensor; a swapped tensor, device or storage changes the address, as
         # long as the old memory is held.
         versions = [tensor._version for tensor in tensors]

@@ -1,6 +1,7 @@
 """A learned model and a task, put together: start, step, rollout, returns."""
 
 from learneddyn.world.penalties import PENALTIES
+from learneddyn.world.row import Row, RowStep, step_row, steps_rows
 from learneddyn.world.sampling import SAMPLERS, Sampler, elite, mean, ts1, tsinf
 from learneddyn.world.sentinel import Divergence, ModelDiverged, Sentinel, strict
 from learneddyn.world.trust import Trust, all_trusted, penalty_below, within_box, within_data
@@ -11,6 +12,8 @@ __all__ = [
     "SAMPLERS",
     "Divergence",
     "ModelDiverged",
+    "Row",
+    "RowStep",
     "Sampler",
     "Sentinel",
     "Trust",
@@ -19,6 +22,8 @@ __all__ = [
     "elite",
     "mean",
     "penalty_below",
+    "step_row",
+    "steps_rows",
     "strict",
     "ts1",
     "tsinf",

@@ -220,18 +220,19 @@ class World:
         if self.task.reward is not None:
             return self.task.reward(obs, action, outcome.next_obs)
         if outcome.reward is None:
-            raise _unanswered(self.task, "reward")
+            raise unanswered(self.task, "reward")
         return outcome.reward
 
     def _terminated(self, next_obs: Tensor, outcome: Outcome) -> Tensor:
         if self.task.terminated is not None:
             return self.task.terminated(next_obs)
         if outcome.terminated is None:
-            raise _unanswered(self.task, "termination")
+            raise unanswered(self.task, "termination")
         return outcome.terminated
 
 
-def _unanswered(task: Task, what: str) -> ValueError:
+def unanswered(task: Task, what: str) -> ValueError:
+    """Return the error of a world in which nobody answers ``what``."""
     return ValueError(
         f"the {what} of {task.real_id} does not follow from the observation and the model has no {what} head: fit it "
         f"with learn_{what}=True, or give the task a {what} function"
@@ -251,7 +252,7 @@ def _require_heads(model: AbstractDynamics, task: Task) -> None:
         ("termination", task.terminated, prediction.terminated),
     ):
         if known is None and head is None:
-            raise _unanswered(task, what)
+            raise unanswered(task, what)
 
 
 def _all_finite(next_obs: Float[Tensor, "b o"], reward: Float[Tensor, " b"]) -> bool:

@@ -223,6 +223,6 @@ def test_bounds_of_a_dict_follow_its_columns_and_not_its_order():
     parts = OrderedDict(wide=spaces.Box(-1.0, 1.0, (1,)), arm=spaces.Box(-5.0, 5.0, (1,)))
     interface = Interface(Spaces(BOX.observation, spaces.Dict(parts)), 1, torch.device("cpu"))
     action = {"wide": np.array([-1.0], np.float32), "arm": np.array([5.0], np.float32)}
-    assert interface.one_to_world(action).tolist() == [[5.0, -1.0]]
+    assert interface.one_to_array(action).tolist() == [[5.0, -1.0]]
     with pytest.raises(InvalidAction, match=r"entry 1 is 2\.0"):
-        interface.one_to_world(action | {"wide": np.array([2.0], np.float32)})
+        interface.one_to_array(action | {"wide": np.array([2.0], np.float32)})
