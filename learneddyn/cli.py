@@ -1,4 +1,4 @@
-"""The command line: collect, fit, train, evaluate, render, demo, reproduce, list. Only it reads configuration files.
+"""The command line: collect, fit, train, evaluate, render, demo, mbpo, reproduce, list. Only it reads configurations.
 
 Every command takes ``--config FILE`` or ``--config NAME`` (a preset that ships, see ``learneddyn list``) and overrides
 on top of it; ``--print_config`` shows what it would run with. Unknown keys are errors.
@@ -6,6 +6,7 @@ on top of it; ``--print_config`` shows what it would run with. Unknown keys are 
 
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
@@ -39,6 +40,7 @@ from learneddyn.runs import (
     train_in_world,
 )
 from learneddyn.runs.claims import publish, run_claim, told, verdict
+from learneddyn.runs.online import Mark, draw_curves, learn_online
 from learneddyn.runs.report import report_runs
 
 console = Console(width=None if sys.stdout.isatty() else 120)
@@ -431,6 +433,72 @@ def demo(
     main(arguments)
 
 
+def mbpo(
+    env_id: str,
+    out: str = "runs/mbpo",
+    steps: int = 100_000,
+    model: AbstractDynamics | None = None,
+    algorithm: Literal["MBPO", "DynaTD3", "DynaTQC", "DynaCrossQ"] = "MBPO",
+    algorithm_kwargs: dict[str, Any] | None = None,
+    env_kwargs: dict[str, Any] | None = None,
+    judge_every: int = 1000,
+    episodes: int = 5,
+    seeds: list[int] | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    progress: bool = True,
+) -> None:
+    """Learn in the real environment with a model of it: MBPO and its relatives. Killed runs go on with --resume.
+
+    Args:
+        env_id: Gymnasium id of the real environment.
+        out: run folder; curve.png shows the returns so far.
+        steps: real steps in all.
+        model: class path and arguments of the dynamics model, by default the paper's ensemble.
+        algorithm: MBPO learns by SAC; the others by TD3, TQC, CrossQ.
+        algorithm_kwargs: for its constructor: those of learneddyn.agents.Dyna and of the algorithm itself.
+        env_kwargs: arguments of the environment.
+        judge_every: real steps between two judgements; each leaves a checkpoint.
+        episodes: real episodes per judgement.
+        seeds: run several, side by side on the cores.
+        seed: run one, where seeds is not given.
+        workers: processes at once, by default one per core.
+        device: of model and agent.
+        resume: go on with the run in the folder.
+        progress: show progress.
+    """
+    chosen = seeds or [seed]
+    given = {"env_id": env_id, "algorithm": algorithm, "algorithm_kwargs": algorithm_kwargs, "env_kwargs": env_kwargs}
+    part = None if model is None else {"class": type(model).__name__, "config": model.config()}
+    settings = given | {
+        "steps": steps,
+        "judge_every": judge_every,
+        "episodes": episodes,
+        "seeds": chosen,
+        "model": part,
+    }
+    make = partial(_online_agent, algorithm, algorithm_kwargs or {}, model, device)
+    with closing(gym.make(env_id, **env_kwargs or {})) as env:
+        asked = make(chosen[0], env).work(steps)
+    folder = RunFolder(out, settings, resume=resume)
+    console.print(
+        f"each seed: {steps} real steps, " + ", ".join(f"{number:.3g} {name}" for name, number in asked.items())
+    )
+    work = partial(_one_online, make, env_id, folder.path, steps, judge_every, episodes, env_kwargs, device)
+    curves = for_each_seed(work, chosen, workers=workers, progress=progress)
+    picture = draw_curves(folder.path / "curve.png", f"{algorithm} in {env_id}", curves)
+    table = Table(title=f"{algorithm} in {env_id} after {steps} real steps: mean return of {episodes} episodes")
+    for column in ("seed", "last", "best on the way", "at step"):
+        table.add_column(column, justify="right")
+    for number, marks in curves.items():
+        best = max(marks, key=lambda mark: mark.mean)
+        table.add_row(str(number), f"{marks[-1].mean:.1f}", f"{best.mean:.1f}", str(best.real_steps))
+    console.print(table)
+    console.print(str(picture), soft_wrap=True)
+
+
 def reproduce(
     name: str,
     seeds: list[int] | None = None,
@@ -489,6 +557,7 @@ COMMANDS: dict[str, Any] = {
     "evaluate": evaluate,
     "render": render,
     "demo": demo,
+    "mbpo": mbpo,
     "reproduce": reproduce,
     "list": list_all,
 }
@@ -574,6 +643,47 @@ def _one_seed(
             parts.append(collect_grade(config.real_id, **common | (grade_kwargs if grade != "random" else {})))
         data = Transitions.cat(parts)
     return run_rounds(config, fresh, data, home, seed=seed, device=device, notify=notify)
+
+
+def _online_agent(
+    algorithm: str,
+    kwargs: dict[str, Any],
+    model: AbstractDynamics | None,
+    device: str,
+    seed: int,
+    env: gym.Env[Any, Any],
+) -> Any:
+    from learneddyn import agents
+
+    fresh = None if model is None else type(model)(**model.config())
+    return getattr(agents, algorithm)("MlpPolicy", env, model=fresh, **{"seed": seed, "device": device} | kwargs)
+
+
+def _one_online(
+    make: Any,
+    env_id: str,
+    folder: Path,
+    steps: int,
+    judge_every: int,
+    episodes: int,
+    env_kwargs: dict[str, Any] | None,
+    device: str,
+    seed: int,
+    notify: Notify,
+) -> list[Mark]:
+    """Learn with one seed; runs in a process of its own."""
+    return learn_online(
+        partial(make, seed),
+        env_id,
+        folder / f"seed-{seed}",
+        steps=steps,
+        judge_every=judge_every,
+        episodes=episodes,
+        env_kwargs=env_kwargs,
+        seed=seed,
+        device=device,
+        notify=notify,
+    )
 
 
 def _print_rounds(results: dict[int, list[Round]]) -> None:

@@ -20,7 +20,7 @@ from learneddyn.runs.seeds import Notify
 STEPS, EPISODES = 5000, 5
 TASKS = {"InvertedPendulum-v5": (-0.05, 1000.0), "Pendulum-v1": (-1.0, -250.0)}
 """Target entropy of the policy, and the return that is asked for."""
-UPDATES = 10
+UPDATES = 5
 LABELS = {"mbpo": "MBPO", "sac": "SAC (SB3)", "busy": f"the same SAC, {UPDATES} updates, no model"}
 
 
@@ -122,7 +122,7 @@ CLAIM = Claim(
     paper='Janner, Fu, Zhang, Levine, "When to Trust Your Model: Model-Based Policy Optimization", 2019',
     claim="Short imagined rollouts, branched from real states, let SAC learn from far fewer real steps.",
     setting=f"InvertedPendulum-v5 and Pendulum-v1, {STEPS} real steps, 500 of them random; refit every 250 steps, "
-    f"rollouts of one step from 5,000 real states per refit (paper 100,000), {UPDATES} updates per step, "
+    f"rollouts of one step from 5,000 real states per refit (paper 100,000), {UPDATES} updates per step (paper 10), "
     "5 % real rows, ensemble of 5 members of 2 x 64 (paper 7 of 4 x 200), at most 20 epochs per fit, SAC 2 x 64. "
     f"Judged every 500 steps on {EPISODES} episodes of the deterministic policy. Beside it: Stable-Baselines3's SAC "
     "with its defaults (one update per step), and MBPO's SAC with as many updates but no model.",

@@ -8,11 +8,13 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
@@ -22,6 +24,7 @@ from learneddyn.agents.checkpoint import load_checkpoint, save_checkpoint
 from learneddyn.core import Json
 from learneddyn.evaluation import Returns, evaluate
 from learneddyn.files import replace_file, surviving_folder
+from learneddyn.runs.claims import panels
 from learneddyn.runs.seeds import Notify, silent
 
 JUDGE_SEED = 10_000
@@ -73,23 +76,23 @@ def learn_online(
         notify: told how far it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    env = gym.make(env_id, **env_kwargs or {})
-    agent = make(env)
-    marks: list[Mark] = []
-    if isinstance(agent, Dyna) and surviving_folder(folder / "checkpoint").exists():
-        agent = load_checkpoint(type(agent), folder / "checkpoint", env, device)
-        marks = [mark for mark in read_marks(folder) if mark.real_steps <= agent.num_timesteps]
-    left = steps - agent.num_timesteps
-    if left > 0:
-        sinks = ["csv", "tensorboard"] if importlib.util.find_spec("tensorboard") else ["csv"]
-        agent.set_logger(configure(str(folder / f"log-{agent.num_timesteps}"), sinks))
+    with closing(gym.make(env_id, **env_kwargs or {})) as env:
+        agent = make(env)
+        marks: list[Mark] = []
+        if isinstance(agent, Dyna) and surviving_folder(folder / "checkpoint").exists():
+            agent = load_checkpoint(type(agent), folder / "checkpoint", env, device)
+            marks = [mark for mark in read_marks(folder) if mark.real_steps <= agent.num_timesteps]
+        begun = agent.num_timesteps
+        if begun >= steps:
+            return marks
         judged = partial(evaluate, real_id=env_id, episodes=episodes, seed=JUDGE_SEED + seed, env_kwargs=env_kwargs)
         judge = _Judge(judged, folder, marks, judge_every, notify, steps)
-        agent.learn(left, callback=judge, reset_num_timesteps=agent.num_timesteps == 0)
-        judge.judge()
-        agent.logger.close()
+        sinks = ["csv", "tensorboard"] if importlib.util.find_spec("tensorboard") else ["csv"]
+        with closing(configure(str(folder / f"log-{begun}"), sinks)) as logger:
+            agent.set_logger(logger)
+            agent.learn(steps - begun, callback=judge, reset_num_timesteps=begun == 0)
+            judge.judge()
         agent.save(folder / "agent.zip")
-    env.close()
     return marks
 
 
@@ -97,6 +100,21 @@ def read_marks(folder: Path) -> list[Mark]:
     """Return the marks in a folder, none if there are none."""
     path = folder / "curve.json"
     return [Mark(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+
+
+def draw_curves(path: Path, title: str, curves: dict[int, list[Mark]]) -> Path:
+    """Draw every seed's mean returns over real steps into a PNG, with their range over episodes."""
+    figure, (ax,) = panels()
+    for seed, marks in curves.items():
+        steps = [mark.real_steps for mark in marks]
+        (line,) = ax.plot(steps, [mark.mean for mark in marks], label=f"seed {seed}")
+        low, high = ([function(mark.returns) for mark in marks] for function in (min, max))
+        ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    ax.set(xlabel="real steps", ylabel="return", title=title)
+    ax.legend(frameon=False, fontsize=7)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=130)
+    return path
 
 
 class _Judge(BaseCallback):
