@@ -34,10 +34,10 @@ def max_aleatoric(
 
     Source: Yu et al., "MOPO: Model-based Offline Policy Optimization", 2020.
     """
-    std = prediction.std
+    norm = torch.linalg.vector_norm(prediction.std, dim=2)
     if prediction.reward_std is not None:
-        std = torch.cat([std, prediction.reward_std[..., None]], dim=2)
-    return torch.linalg.vector_norm(std, dim=2).amax(dim=0)
+        norm = torch.hypot(norm, prediction.reward_std)
+    return norm.amax(dim=0)
 
 
 def max_pairwise_diff(
