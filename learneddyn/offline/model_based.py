@@ -32,7 +32,7 @@ from torch import Tensor
 from learneddyn.agents.diagnostics import imagination_figures
 from learneddyn.agents.dyna import _rebuilt as rebuilt
 from learneddyn.agents.dyna import default_dynamics
-from learneddyn.core import DataError, Json, Penalty, Prediction, Task, Transitions
+from learneddyn.core import DataError, Dynamics, Json, Penalty, Prediction, Task, Transitions
 from learneddyn.data.replay import Batch, MixedReplay, Replay
 from learneddyn.models import AbstractDynamics
 from learneddyn.offline.base import Cosine
@@ -46,13 +46,14 @@ from learneddyn.world import PENALTIES, Sampler, World
 class OfflineMBPO(OfflineSAC):
     """The loop above; `MOPO`, `COMBO`, `MOBILE` and `RAVL` are its published settings.
 
-    `save` keeps the model with the agent, but not the imagined rows: a loaded agent imagines anew when it goes on.
+    `save` keeps the model with the agent if it is an `AbstractDynamics` (else pass ``model=`` to `load`), but not the
+    imagined rows: a loaded agent imagines anew when it goes on.
 
     Args:
         policy: see `OfflineAlgorithm`.
         data: see `OfflineAlgorithm`.
-        model: dynamics model, fitted or not (then it is fitted in place when learning begins); by default the published
-            ensemble with the heads that the task needs.
+        model: any dynamics; an `AbstractDynamics` that is not fitted is fitted in place when learning begins, and the
+            published ensemble with the heads that the task needs is the default. The truth will do, too.
         sampler: of the world, see `learneddyn.world.sampling`.
         penalty: u, a name of `learneddyn.world.PENALTIES` or a function.
         penalty_weight: λ, in units of the logged reward per unit of u.
@@ -77,7 +78,7 @@ class OfflineMBPO(OfflineSAC):
         policy: str | type[OfflinePolicy] = "MlpPolicy",
         data: Data | None = None,
         *,
-        model: AbstractDynamics | None = None,
+        model: Dynamics | AbstractDynamics | None = None,
         sampler: str | Sampler = "elite",
         penalty: str | Penalty = "max_aleatoric",
         penalty_weight: float = 0.0,
@@ -108,7 +109,7 @@ class OfflineMBPO(OfflineSAC):
             if not ok:
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
         self.model = model
-        self._model_card: Json | None = None
+        self._model_card: Json | None = None  # of a saved agent; empty if its model is no AbstractDynamics
         self.sampler, self.penalty, self.penalty_weight = sampler, penalty, penalty_weight
         self.inconsistency, self.inconsistency_draws, self.clip_target = inconsistency, inconsistency_draws, clip_target
         self.horizon, self.rollout_batch, self.rollout_every = horizon, rollout_batch, rollout_every
@@ -126,9 +127,9 @@ class OfflineMBPO(OfflineSAC):
     def _setup_model(self) -> None:
         super()._setup_model()
         spaces = Spaces(self.observation_space, self.action_space)
-        if self.model is None and self._model_card is not None:
+        if self.model is None and self._model_card:
             self.model = rebuilt(self._model_card, spaces)
-        if self.model is not None:
+        if isinstance(self.model, AbstractDynamics):
             self.model.to(self.device)
 
     def _fill(self, rows: Transitions) -> None:
@@ -164,8 +165,11 @@ class OfflineMBPO(OfflineSAC):
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         found = super()._setup_learn(*args, **kwargs)
         if self.world is None:
-            assert self.model is not None
-            if self.model.spaces is None:
+            if self.model is None:
+                raise ValueError(
+                    f"this {type(self).__name__} was saved without its model: use load(path, data=..., model=...)"
+                )
+            if isinstance(self.model, AbstractDynamics) and self.model.spaces is None:
                 report = self.model.fit(self.rows, rng=self._rng)
                 for name, value in report.metrics.items():
                     self.logger.record(f"model/{name}", value)
@@ -217,13 +221,15 @@ class OfflineMBPO(OfflineSAC):
 
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
         """Write an SB3 zip file with nets, optimisers, dynamics model and the generator's state; no data."""
-        assert self.model is not None
-        kind = type(self.model)
-        self._model_card = {
-            "class": [kind.__module__, kind.__qualname__],
-            "config": self.model.config(),
-            "fitted": self.model.spaces is not None,
-        }
+        model, kind = self.model, type(self.model)
+        self._model_card = {}
+        if isinstance(model, AbstractDynamics):
+            fitted = model.spaces is not None
+            self._model_card = {
+                "class": [kind.__module__, kind.__qualname__],
+                "config": model.config(),
+                "fitted": fitted,
+            }
         super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:
@@ -232,7 +238,7 @@ class OfflineMBPO(OfflineSAC):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modules, tensors = super()._get_torch_save_params()
-        return [*modules, "model"], tensors
+        return [*modules, *(["model"] if isinstance(self.model, AbstractDynamics) else [])], tensors
 
 
 @torch.no_grad()

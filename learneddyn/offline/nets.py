@@ -34,7 +34,7 @@ class BatchedMLP(nn.Module):
         rng: torch.Generator,
     ) -> None:
         super().__init__()
-        self.count = count
+        self.count, self._normalise = count, normalise
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         last = len(widths) - 2
         for layer, (inputs, outputs) in enumerate(pairwise(widths)):
@@ -49,15 +49,17 @@ class BatchedMLP(nn.Module):
         hidden = widths[1:-1] if normalise else ()
         self.gains = nn.ParameterList(nn.Parameter(torch.ones(count, 1, width)) for width in hidden)
         self.offsets = nn.ParameterList(nn.Parameter(torch.zeros(count, 1, width)) for width in hidden)
+        # The same parameters: reading a ParameterList costs as much as a small product.
+        self._layers = list(zip(self.weights, self.biases, strict=True))
 
     def forward(self, x: Float[Tensor, "... b i"]) -> Float[Tensor, "n b k"]:
         """Return every net's output; rows ``[b, i]`` go to all nets, rows ``[n, b, i]`` each to its own."""
         x = x.expand(self.count, -1, -1)
-        last = len(self.weights) - 1
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+        last = len(self._layers) - 1
+        for layer, (weight, bias) in enumerate(self._layers):
             x = torch.baddbmm(bias, x, weight)
             if layer != last:
                 x = x.relu()
-                if self.gains:
+                if self._normalise:
                     x = layer_norm(x, x.shape[-1:]) * self.gains[layer] + self.offsets[layer]
         return x

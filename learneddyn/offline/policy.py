@@ -263,6 +263,11 @@ class OfflinePolicy(BasePolicy):
         if value:
             self.value = Value(BatchedMLP(1, (obs_dim, *qf, 1), rng=rng), self.normaliser)
             self.learners.append("value")
+        self._followed = [
+            (list(getattr(self, f"{name}_target").parameters()), list(getattr(self, name).parameters()))
+            for name in self.learners
+            if hasattr(self, f"{name}_target")
+        ]
         for name in self.learners:
             module = getattr(self, name)
             module.optimizer = optimizer_class(module.parameters(), lr=lr_schedule(1), **optimizer_kwargs)  # type: ignore[call-arg]
@@ -289,11 +294,9 @@ class OfflinePolicy(BasePolicy):
 
     def follow(self, tau: float) -> None:
         """Move the target nets towards the nets by the share ``tau``."""
-        for name in ("actor", "critic"):
-            target = getattr(self, f"{name}_target", None)
-            if target is not None:
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(target.parameters()), list(getattr(self, name).parameters()), tau)
+        with torch.no_grad():
+            for target, net in self._followed:
+                torch._foreach_lerp_(target, net, tau)
 
 
 def _frozen_copy(fresh: Any, module: nn.Module) -> Any:
