@@ -1,6 +1,6 @@
 """Steps per second inside a learned world, through every interface, beside MuJoCo's own rate.
 
-    python benchmarks/env_steps.py [--threads 1] [--seconds 0.3] [--rounds 7]
+    python benchmarks/env_steps.py [--threads 1] [--seconds 0.2] [--rounds 7]
 
 The model is the default ensemble (7 networks of 4 x 200, 5 elites; one answers per lane and step) of HalfCheetah-v5. It
 is fitted for one epoch: its quality plays no part. A row is an environment step (lanes x steps). Actions are random and
@@ -20,7 +20,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import torch
-from contest import Contestant, Row, Turns, main, missing
+from contest import Contestant, Row, Turns, lanes_of, main, missing
 from mujoco import rollout
 from torch import Tensor
 
@@ -73,14 +73,14 @@ def interfaces(world: Any, lanes: int) -> list[Contestant]:
             if terminated or truncated:
                 single.reset()
 
-        field.append(Contestant("LearnedEnv", _lanes(1), 1, step_single))
+        field.append(Contestant("LearnedEnv", lanes_of(1), 1, step_single))
     for name, output in (("LearnedVectorEnv", "numpy"), ("LearnedVectorEnv, torch out", "torch")):
         vector = LearnedVectorEnv(world, lanes, output=output)
         vector.reset(seed=0)
-        field.append(Contestant(name, _lanes(lanes), lanes, _stepping(vector.step, actions)))
+        field.append(Contestant(name, lanes_of(lanes), lanes, _stepping(vector.step, actions)))
     sb3 = LearnedVecEnv(world, lanes)
     sb3.reset()
-    field.append(Contestant("LearnedVecEnv (SB3)", _lanes(lanes), lanes, _stepping(sb3.step, actions)))
+    field.append(Contestant("LearnedVecEnv (SB3)", lanes_of(lanes), lanes, _stepping(sb3.step, actions)))
     return field
 
 
@@ -96,7 +96,7 @@ def bare_world(world: World, lanes: int) -> Contestant:
         nonlocal state
         state, _ = world.step(start if next(steps) == 0 else state, action, rng)
 
-    return Contestant("World.step", _lanes(lanes), lanes, step)
+    return Contestant("World.step", lanes_of(lanes), lanes, step)
 
 
 def gym_env() -> Contestant:
@@ -118,7 +118,7 @@ def sync_vector_env(lanes: int) -> Contestant:
     env.action_space.seed(0)
     env.reset(seed=0)
     steps = _stepping(env.step, [env.action_space.sample() for _ in range(64)])
-    return Contestant("SyncVectorEnv", _lanes(lanes), lanes, steps)
+    return Contestant("SyncVectorEnv", lanes_of(lanes), lanes, steps)
 
 
 def mujoco_rollout(lanes: int, horizon: int, threads: int) -> Contestant:
@@ -148,10 +148,6 @@ def envpool_env(lanes: int, threads: int) -> Contestant:
 def _stepping(step: Callable[[Any], Any], actions: list[Any]) -> Callable[[], Any]:
     turns = cycle(actions)
     return lambda: step(next(turns))
-
-
-def _lanes(lanes: int) -> str:
-    return f"{lanes} lanes" if lanes > 1 else "1 lane"
 
 
 def fitted_world() -> World:

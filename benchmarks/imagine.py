@@ -1,6 +1,6 @@
 """Imagination as MBPO does it: a policy acts inside the ensemble, and the rows go into the pool it learns from.
 
-    python benchmarks/imagine.py [--threads 1] [--seconds 0.3] [--rounds 7] [--starts 20000]
+    python benchmarks/imagine.py [--threads 1] [--seconds 0.2] [--rounds 7] [--starts 20000]
 
 Sizes are those of HalfCheetah, as in `rollout.py`, with a policy of 2 x 256 and rollouts of 5 steps. A row is an
 imagined transition; starts are drawn from the replay of real rows. The operations counted are those of one network and
@@ -21,31 +21,31 @@ TABLE, STEPS, WIDTH = "Imagination with the policy in the loop", 5, 256
 POLICY = 2 * WIDTH * (OBS + WIDTH + 2 * ACTION)
 
 
-def ours(starts: int, precision: str) -> Contestant:
+def ours(starts: int, precision: str, device: str) -> Contestant:
     agent = MBPO(
         "MlpPolicy",
         "HalfCheetah-v5",
-        model=ensemble(precision=precision),
+        model=ensemble(device, precision=precision),
         rollout_batch=starts,
         schedule=(0, 1, STEPS, STEPS),
         diagnose=False,
-        device="cpu",
+        device=device,
         seed=0,
     )
     agent.set_logger(configure(None, []))
-    (obs, action), never = inputs(starts), torch.zeros(starts, dtype=torch.bool)
-    episode = torch.arange(starts)
+    (obs, action), never = inputs(starts, device), torch.zeros(starts, dtype=torch.bool, device=device)
+    episode = torch.arange(starts, device=device)
     agent.replay_buffer.real.add(Transitions(obs, action, obs[:, 0], obs, never, episode, agent.spaces))
     return Contestant(precision, _case(starts), STEPS * starts, agent.imagine, FLOP + POLICY)
 
 
-def mbrl_lib(starts: int) -> Contestant:
+def mbrl_lib(starts: int, device: str) -> Contestant:
     """Imagination by mbrl-lib.
 
     Raises:
         ImportError: it is not installed.
     """
-    model, batch = mbrl_model()
+    model, batch = mbrl_model(device)
     from mbrl.algorithms.mbpo import rollout_model_and_populate_sac_buffer
     from mbrl.planning.sac_wrapper import SACAgent
     from mbrl.third_party.pytorch_sac_pranz24 import SAC
@@ -62,7 +62,7 @@ def mbrl_lib(starts: int) -> Contestant:
         target_entropy=None,
         hidden_size=WIDTH,
         lr=3e-4,
-        device=torch.device("cpu"),
+        device=torch.device(device),
     )
     agent = SACAgent(SAC(OBS, env.action_space, settings))
     real, pool = ReplayBuffer(starts, (OBS,), (ACTION,)), ReplayBuffer(STEPS * starts, (OBS,), (ACTION,))
@@ -79,9 +79,9 @@ def _case(starts: int) -> str:
 
 
 def measure(turns: Turns, starts: int = 20_000) -> list[Row]:
-    field, absent = [ours(starts, precision) for precision in ("fp32", "bf16")], []
+    field, absent = [ours(starts, precision, turns.device) for precision in ("fp32", "bf16")], []
     try:
-        field.append(mbrl_lib(starts))
+        field.append(mbrl_lib(starts, turns.device))
     except ImportError as error:
         absent = [missing(TABLE, "mbrl-lib", error)]
     return turns.contest(TABLE, field) + absent

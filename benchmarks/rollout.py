@@ -1,6 +1,6 @@
 """How fast an ensemble imagines and trains, beside a naive reference, mbrl-lib and the machine's matrix products.
 
-    python benchmarks/rollout.py [--threads 1] [--seconds 0.3] [--rounds 7] [--largest 50000]
+    python benchmarks/rollout.py [--threads 1] [--seconds 0.2] [--rounds 7] [--largest 50000]
 
 Sizes are those of HalfCheetah: 7 networks of 4 x 200, 17 observation columns, 6 actions, a reward head, 5 elites of
 which one answers per lane and step. A world step is sampling, reward, termination and the checks around them. The
@@ -20,7 +20,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from contest import Contestant, Row, Turns, main, missing
+from contest import Contestant, Row, Turns, lanes_of, main, missing
 from torch import Tensor
 
 import learneddyn  # noqa: F401  # registers the environments
@@ -41,7 +41,7 @@ TASK = tasks.get("HalfCheetah-v5")
 STEP, TRAINING, ALL_MEMBERS = "World step", "Ensemble training step", "World step with a penalty, all members"
 
 
-def ensemble(**options: Any) -> ProbabilisticEnsemble:
+def ensemble(device: str = "cpu", **options: Any) -> ProbabilisticEnsemble:
     """An ensemble with fresh weights, standardised by random rows; its quality plays no part."""
     spaces = Spaces(
         gym.spaces.Box(-np.inf, np.inf, (OBS,), np.float32), gym.spaces.Box(-1.0, 1.0, (ACTION,), np.float32)
@@ -53,28 +53,31 @@ def ensemble(**options: Any) -> ProbabilisticEnsemble:
     action = 2 * torch.rand(n, ACTION, generator=rng) - 1
     columns = obs, action, change[:, 0], obs + change, torch.zeros(n, dtype=torch.bool), torch.arange(n)
     model.fit(Transitions(*columns, spaces), rng=rng)
-    return model
+    return model.to(device)
 
 
-def inputs(lanes: int) -> tuple[Tensor, Tensor]:
-    rng = generator(1)
-    return torch.randn(lanes, OBS, generator=rng), 2 * torch.rand(lanes, ACTION, generator=rng) - 1
+def inputs(lanes: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    rng = generator(1, device)
+    obs = torch.randn(lanes, OBS, generator=rng, device=device)
+    return obs, 2 * torch.rand(lanes, ACTION, generator=rng, device=device) - 1
 
 
 def world_step(name: str, world: World, lanes: int, members: int = 1) -> Contestant:
-    (obs, action), rng = inputs(lanes), generator(0)
+    device = world.dynamics.elites.device
+    (obs, action), rng = inputs(lanes, device), generator(0, device)
     state = world.start(obs, rng)
 
     @torch.no_grad()
     def step() -> None:
         world.step(state, action, rng)
 
-    return Contestant(name, _lanes(lanes), lanes, step, members * FLOP)
+    return Contestant(name, lanes_of(lanes), lanes, step, members * FLOP)
 
 
 def naive_step(model: ProbabilisticEnsemble, lanes: int, penalised: bool = False) -> Contestant:
     """Every row through every member, fresh memory everywhere, one member picked at the end."""
-    (obs, action), rng, lane = inputs(lanes), generator(0), torch.arange(lanes)
+    device = model.elites.device
+    (obs, action), rng, lane = inputs(lanes, device), generator(0, device), torch.arange(lanes, device=device)
 
     @torch.no_grad()
     def step() -> Tensor:
@@ -84,12 +87,12 @@ def naive_step(model: ProbabilisticEnsemble, lanes: int, penalised: bool = False
             x = x * x.sigmoid()
         heads = model._heads(torch.baddbmm(model.biases[-1], x, model.weights[-1]))
         std = (0.5 * heads.logvar).exp()
-        drawn = heads.mean + std * torch.randn(std.shape, generator=rng)
-        after = drawn[model.elites[torch.randint(ELITES, (lanes,), generator=rng)], lane]
+        drawn = heads.mean + std * torch.randn(std.shape, generator=rng, device=device)
+        after = drawn[model.elites[torch.randint(ELITES, (lanes,), generator=rng, device=device)], lane]
         penalty = std.norm(dim=2).amax(dim=0) if penalised else 0.0
         return after[:, -1] - penalty
 
-    return Contestant("all members and a gather", _lanes(lanes), lanes, step, MEMBERS * FLOP, peer=True)
+    return Contestant("all members and a gather", lanes_of(lanes), lanes, step, MEMBERS * FLOP, peer=True)
 
 
 def through_gym(model: ProbabilisticEnsemble, folder: str) -> Contestant:
@@ -103,7 +106,7 @@ def through_gym(model: ProbabilisticEnsemble, folder: str) -> Contestant:
         if terminated or truncated:
             env.reset()
 
-    return Contestant("fp32 through gym.make", _lanes(1), 1, step, FLOP)
+    return Contestant("fp32 through gym.make", lanes_of(1), 1, step, FLOP)
 
 
 def training(name: str, model: ProbabilisticEnsemble, half: bool) -> Contestant:
@@ -113,7 +116,7 @@ def training(name: str, model: ProbabilisticEnsemble, half: bool) -> Contestant:
     )
 
     def update() -> None:
-        batch = torch.randint(len(rows), (MEMBERS, BATCH))
+        batch = torch.randint(len(rows), (MEMBERS, BATCH), device=rows.device)
         x, target, _ = model._unpack(rows.index_select(0, batch.flatten()).view(*batch.shape, -1))
         step(x, target, None)
         optimizer.step()
@@ -126,7 +129,7 @@ def training_by_autograd(model: ProbabilisticEnsemble) -> Contestant:
 
     def update() -> None:
         optimizer.zero_grad(set_to_none=True)
-        model._loss(rows[torch.randint(len(rows), (MEMBERS, BATCH))]).backward()
+        model._loss(rows[torch.randint(len(rows), (MEMBERS, BATCH), device=rows.device)]).backward()
         optimizer.step()
 
     return _trained("autograd", update, peer=True)
@@ -136,15 +139,12 @@ def _trained(name: str, update: Callable[[], Any], peer: bool = False) -> Contes
     return Contestant(name, f"{MEMBERS} x {BATCH} rows", MEMBERS * BATCH, update, 3 * FLOP, peer)
 
 
-def _lanes(lanes: int) -> str:
-    return f"{lanes} lanes" if lanes > 1 else "1 lane"
-
-
 def _packed(model: ProbabilisticEnsemble) -> Tensor:
-    return torch.randn(100_000, WIDTHS[0] + WIDTHS[-1] // 2 + 1, generator=generator(0))
+    device = model.elites.device
+    return torch.randn(100_000, WIDTHS[0] + WIDTHS[-1] // 2 + 1, generator=generator(0, device), device=device)
 
 
-def mbrl_model() -> tuple[Any, Any]:
+def mbrl_model(device: str = "cpu") -> tuple[Any, Any]:
     """The same ensemble by mbrl-lib with fresh weights, and 20 000 random rows in a batch of its own kind.
 
     Raises:
@@ -158,7 +158,7 @@ def mbrl_model() -> tuple[Any, Any]:
     net = GaussianMLP(
         WIDTHS[0],
         OBS + 1,
-        "cpu",
+        device,
         num_layers=4,
         ensemble_size=MEMBERS,
         hid_size=200,
@@ -182,16 +182,20 @@ def mbrl_env(model: Any) -> Any:
 
     spaces = gym.spaces.Box(-np.inf, np.inf, (OBS,)), gym.spaces.Box(-1.0, 1.0, (ACTION,))
     real = type("Spaces", (), {"observation_space": spaces[0], "action_space": spaces[1]})()
-    return ModelEnv(real, model, lambda act, after: torch.zeros(len(after), 1, dtype=torch.bool), None, generator(0))
+
+    def never(action: Tensor, after: Tensor) -> Tensor:
+        return torch.zeros(len(after), 1, dtype=torch.bool, device=after.device)
+
+    return ModelEnv(real, model, never, None, generator(0, model.device))
 
 
-def mbrl_lib(lanes: list[int]) -> tuple[list[Contestant], Contestant]:
+def mbrl_lib(lanes: list[int], device: str) -> tuple[list[Contestant], Contestant]:
     """Steps and the training step of mbrl-lib.
 
     Raises:
         ImportError: it is not installed.
     """
-    model, batch = mbrl_model()
+    model, batch = mbrl_model(device)
     from mbrl.models import ModelTrainer
     from mbrl.util.replay_buffer import BootstrapIterator
 
@@ -200,25 +204,25 @@ def mbrl_lib(lanes: list[int]) -> tuple[list[Contestant], Contestant]:
         count = wanted - wanted % ELITES
         if count:
             call = _mbrl_step(mbrl_env(model), count)
-            steps.append(Contestant("mbrl-lib", _lanes(wanted), count, call, FLOP, peer=True))
+            steps.append(Contestant("mbrl-lib", lanes_of(wanted), count, call, FLOP, peer=True))
     trainer = ModelTrainer(model, optim_lr=1e-3, weight_decay=5e-5)
     batches = cycle(BootstrapIterator(batch, BATCH, MEMBERS, shuffle_each_epoch=True, rng=np.random.default_rng(0)))
     return steps, _trained("mbrl-lib", lambda: model.update(next(batches), trainer.optimizer), peer=True)
 
 
 def _mbrl_step(env: Any, lanes: int) -> Callable[[], Any]:
-    obs, action = inputs(lanes)
-    state = env.reset(obs.numpy(), return_as_np=False)
+    obs, action = inputs(lanes, env.device)
+    state = env.reset(obs.cpu().numpy(), return_as_np=False)
     return lambda: env.step(action, state, sample=True)
 
 
 def measure(turns: Turns, largest: int = 50_000) -> list[Row]:
     lanes = [count for count in (1, 256, 1024, 4096, 50_000) if count <= largest]
-    full, half = ensemble(), ensemble(precision="bf16")
+    full, half = ensemble(turns.device), ensemble(turns.device, precision="bf16")
     penalty = {"penalty": PENALTIES["max_aleatoric"], "penalty_weight": 1.0}
     absent: list[Row] = []
     try:
-        peer_steps, peer_training = mbrl_lib(lanes)
+        peer_steps, peer_training = mbrl_lib(lanes, turns.device)
         peers = [peer_training]
     except ImportError as error:
         peer_steps, peers = [], []
@@ -229,8 +233,11 @@ def measure(turns: Turns, largest: int = 50_000) -> list[Row]:
         steps.append(world_step("fp32", World(full, TASK), count))
         steps.append(world_step("bf16", World(half, TASK), count))
     rows = turns.contest(STEP, [*steps, *peer_steps])
-    updates = [training("fp32", ensemble(), half=False), training("bf16", ensemble(), half=True)]
-    rows += turns.contest(TRAINING, [*updates, training_by_autograd(ensemble()), *peers])
+    updates = [
+        training("fp32", ensemble(turns.device), half=False),
+        training("bf16", ensemble(turns.device), half=True),
+    ]
+    rows += turns.contest(TRAINING, [*updates, training_by_autograd(ensemble(turns.device)), *peers])
     small = [count for count in lanes if count <= NAIVE_LANES]
     for table, options in (("World step beside all members and a gather", {}), (ALL_MEMBERS, penalty)):
         members = MEMBERS if options else 1

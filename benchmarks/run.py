@@ -1,6 +1,6 @@
 """Run every benchmark of this folder, and write machine, versions, goals and tables to results.md.
 
-    python benchmarks/run.py [--only rollout sac] [--seconds 0.3] [--rounds 7] [--out benchmarks/results.md]
+    python benchmarks/run.py [--only rollout sac] [--seconds 0.2] [--rounds 7] [--out benchmarks/results.md]
 
 Every script runs in a process of its own: first on one thread, pinned to one core, then, where threads matter, on two,
 then on a GPU where there is one. Peers that are not installed are shown as such; a script that fails is named, the
@@ -26,9 +26,9 @@ import torch
 from contest import CEILING, Row, ceiling, lines
 
 HERE = Path(__file__).parent
-ONE_THREAD = ("rollout", "imagine", "sac", "env_steps", "collect")
+ONE_THREAD = ("rollout", "imagine", "sac", "env_steps", "collect", "sindy")
 TWO_THREADS = ("rollout", "imagine", "sac", "env_steps", "memory")
-ON_GPU = ("sac",)
+ON_GPU = ("rollout", "imagine", "sac")
 PACKAGES = (
     *("learneddyn", "torch", "numpy", "gymnasium", "mujoco", "stable-baselines3", "minari"),
     *("mbrl", "sbx-rl", "jax", "torchrl", "pysindy", "envpool"),
@@ -194,7 +194,7 @@ def main() -> None:
     scripts = sorted({*ONE_THREAD, *TWO_THREADS, *ON_GPU})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=scripts, default=scripts)
-    parser.add_argument("--seconds", type=float, default=0.3, help="of a turn")
+    parser.add_argument("--seconds", type=float, default=0.2, help="of a turn")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=HERE / "results.md")
     args = parser.parse_args()

@@ -1,0 +1,59 @@
+"""Steps of a SINDy model beside pysindy's `predict` of the same fit's size.
+
+    python benchmarks/sindy.py [--threads 1] [--seconds 0.2] [--rounds 7]
+
+Four observation columns and one action, degree 3: 69 candidate terms here (monomials of the observation, the action,
+and their products), 56 in pysindy (monomials of all five). A row is one step of one lane. pysindy asks for NumPy arrays
+and gives them; the model here takes and gives tensors.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import gymnasium as gym
+import numpy as np
+import torch
+from contest import Contestant, Row, Turns, lanes_of, main, missing
+
+from learneddyn.core import Transitions, generator
+from learneddyn.models import SINDy
+from learneddyn.spaces import Spaces
+
+TABLE, OBS, ACTION, DEGREE = "SINDy step", 4, 1, 3
+
+
+def measure(turns: Turns) -> list[Row]:
+    rng = np.random.default_rng(0)
+    obs, action = (rng.uniform(-1, 1, (4096, width)).astype(np.float32) for width in (OBS, ACTION))
+    after = (0.9 * obs + 0.1 * obs[:, ::-1] ** 3 + 0.05 * action).astype(np.float32)
+    try:
+        import pysindy
+    except ImportError as error:
+        return [missing(TABLE, "pysindy", error)]
+    boxes = (gym.spaces.Box(-1.0, 1.0, (width,), np.float32) for width in (OBS, ACTION))
+    columns = [torch.from_numpy(part) for part in (obs, action, obs[:, 0], after)]
+    data = Transitions(*columns, torch.zeros(len(obs), dtype=torch.bool), torch.arange(len(obs)), Spaces(*boxes))
+    ours = SINDy(degree=DEGREE, threshold=1e-2)
+    ours.fit(data, rng=generator(0))
+    theirs = pysindy.DiscreteSINDy(pysindy.STLSQ(1e-2), pysindy.PolynomialLibrary(DEGREE))
+    theirs.fit(obs, 1.0, x_next=after, u=action)
+    field = []
+    for rows in (1, len(obs)):
+        field.append(Contestant("SINDy", lanes_of(rows), rows, _sampling(ours, data[:rows])))
+        call = partial(theirs.predict, obs[:rows], action[:rows])
+        field.append(Contestant("pysindy", lanes_of(rows), rows, call, peer=True))
+    return turns.contest(TABLE, field)
+
+
+def _sampling(model: SINDy, data: Transitions) -> Callable[[], None]:
+    rng, member = generator(0), torch.zeros(len(data), dtype=torch.long)
+
+    @torch.no_grad()
+    def step() -> None:
+        model.sample(data.obs, data.action, member, rng, noise=False)
+
+    return step
+
+
+if __name__ == "__main__":
+    main(measure, __doc__)
