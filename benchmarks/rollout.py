@@ -6,8 +6,8 @@ Sizes are those of HalfCheetah: 7 networks of 4 x 200, 17 observation columns, 6
 which one answers per lane and step. A world step is sampling, reward, termination and the checks around them. The
 ceiling is the best matrix product of the same table; a step counts the operations of one network per lane (for all
 members: of all; for training: three times), so everything around the products lowers the share. The naive reference,
-every row through every member and fresh memory everywhere, has tables of its own, because its large allocations make
-those of all others cheaper.
+every row through every member and fresh memory everywhere, has a table of its own, because its large allocations make
+those of all others cheaper. `penalty.py` has the steps that must ask all members.
 
 mbrl-lib wants lanes in multiples of the elites: it gets the next smaller one, and rates count its own lanes.
 """
@@ -30,7 +30,7 @@ from learneddyn.envs.worlds import save_world
 from learneddyn.models import ProbabilisticEnsemble
 from learneddyn.models.gradients import Gradients
 from learneddyn.spaces import Spaces
-from learneddyn.world import PENALTIES, World
+from learneddyn.world import World
 
 OBS, ACTION, MEMBERS, ELITES, BATCH = 17, 6, 7, 5, 256
 WIDTHS = (OBS + ACTION, 200, 200, 200, 200, 2 * (OBS + 1))
@@ -38,7 +38,8 @@ FLOP = 2 * sum(a * b for a, b in pairwise(WIDTHS))
 """Operations of one network and row."""
 NAIVE_LANES = 4096  # beyond, the reference wants gigabytes
 TASK = tasks.get("HalfCheetah-v5")
-STEP, TRAINING, ALL_MEMBERS = "World step", "Ensemble training step", "World step with a penalty, all members"
+STEP, TRAINING = "World step", "Ensemble training step"
+NAIVE = "World step beside all members and a gather"
 
 
 def ensemble(device: str = "cpu", **options: Any) -> ProbabilisticEnsemble:
@@ -74,7 +75,7 @@ def world_step(name: str, world: World, lanes: int, members: int = 1) -> Contest
     return Contestant(name, lanes_of(lanes), lanes, step, members * FLOP)
 
 
-def naive_step(model: ProbabilisticEnsemble, lanes: int, penalised: bool = False) -> Contestant:
+def naive_step(model: ProbabilisticEnsemble, lanes: int) -> Contestant:
     """Every row through every member, fresh memory everywhere, one member picked at the end."""
     device = model.elites.device
     (obs, action), rng, lane = inputs(lanes, device), generator(0, device), torch.arange(lanes, device=device)
@@ -89,8 +90,7 @@ def naive_step(model: ProbabilisticEnsemble, lanes: int, penalised: bool = False
         std = (0.5 * heads.logvar).exp()
         drawn = heads.mean + std * torch.randn(std.shape, generator=rng, device=device)
         after = drawn[model.elites[torch.randint(ELITES, (lanes,), generator=rng, device=device)], lane]
-        penalty = std.norm(dim=2).amax(dim=0) if penalised else 0.0
-        return after[:, -1] - penalty
+        return after[:, -1]
 
     return Contestant("all members and a gather", lanes_of(lanes), lanes, step, MEMBERS * FLOP, peer=True)
 
@@ -219,7 +219,6 @@ def _mbrl_step(env: Any, lanes: int) -> Callable[[], Any]:
 def measure(turns: Turns, largest: int = 50_000) -> list[Row]:
     lanes = [count for count in (1, 256, 1024, 4096, 50_000) if count <= largest]
     full, half = ensemble(turns.device), ensemble(turns.device, precision="bf16")
-    penalty = {"penalty": PENALTIES["max_aleatoric"], "penalty_weight": 1.0}
     absent: list[Row] = []
     try:
         peer_steps, peer_training = mbrl_lib(lanes, turns.device)
@@ -233,20 +232,14 @@ def measure(turns: Turns, largest: int = 50_000) -> list[Row]:
         steps.append(world_step("fp32", World(full, TASK), count))
         steps.append(world_step("bf16", World(half, TASK), count))
     rows = turns.contest(STEP, [*steps, *peer_steps])
-    updates = [
-        training("fp32", ensemble(turns.device), half=False),
-        training("bf16", ensemble(turns.device), half=True),
-    ]
+    updates = [training(name, ensemble(turns.device), half=name == "bf16") for name in ("fp32", "bf16")]
     rows += turns.contest(TRAINING, [*updates, training_by_autograd(ensemble(turns.device)), *peers])
-    small = [count for count in lanes if count <= NAIVE_LANES]
-    for table, options in (("World step beside all members and a gather", {}), (ALL_MEMBERS, penalty)):
-        members = MEMBERS if options else 1
-        field = []
-        for count in small:
-            for name, model in (("fp32", full), ("bf16", half)):
-                field.append(world_step(name, World(model, TASK, **options), count, members))
-            field.append(naive_step(full, count, penalised=bool(options)))
-        rows += turns.contest(table, field)
+    field = []
+    for count in (count for count in lanes if count <= NAIVE_LANES):
+        for name, model in (("fp32", full), ("bf16", half)):
+            field.append(world_step(name, World(model, TASK), count))
+        field.append(naive_step(full, count))
+    rows += turns.contest(NAIVE, field)
     return rows + absent
 
 
