@@ -1,10 +1,26 @@
 """Learners that act: a fast, file-compatible SAC, its replay on the device, and model-based agents around them."""
 
 from learneddyn.agents.buffer import DeviceReplayBuffer
+from learneddyn.agents.coplanner import UPMPC, COPlanner
+from learneddyn.agents.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from learneddyn.agents.dyna import Dyna
+from learneddyn.agents.lipschitz import AdversarialNoise, CriticRegulariser, GradientPenalty, SpectralCap
 from learneddyn.agents.mbpo import MBPO, DynaCrossQ, DynaTD3, DynaTQC
 from learneddyn.agents.mpc import MPC
 from learneddyn.agents.pets import PETS
 from learneddyn.agents.sac import FastSAC
 
-__all__ = ["MBPO", "MPC", "PETS", "DeviceReplayBuffer", "Dyna", "DynaCrossQ", "DynaTD3", "DynaTQC", "FastSAC"]
+__all__ = [
+    "MBPO",
+    "MPC",
+    "PETS",
+    "CheckpointError",
+    "DeviceReplayBuffer",
+    "Dyna",
+    "DynaCrossQ",
+    "DynaTD3",
+    "DynaTQC",
+    "FastSAC",
+    "load_checkpoint",
+    "save_checkpoint",
+]

@@ -32,8 +32,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.type_aliases import RolloutReturn
+from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 from torch import Tensor
 
 from learneddyn import tasks
@@ -70,8 +71,9 @@ def pool_capacity(length: int, rollout_batch: int, refit_every: int, retain: int
 class Dyna(OffPolicyAlgorithm):
     """Mix-in: ``class MBPO(Dyna, FastSAC)`` is SAC that learns in a model of its own, with all of SB3's surface.
 
-    ``learn``, ``predict``, ``save``, ``load``, callbacks and loggers are SB3's; the zip holds the dynamics model too.
-    `learneddyn.agents.checkpoint` saves a whole run, which then goes on bit-equal.
+    ``learn``, ``predict``, ``save``, ``load``, callbacks and loggers are SB3's; the zip holds the dynamics model too,
+    but no experience: an agent loaded from it takes ``learning_starts`` real steps before it goes on learning. A
+    checkpoint (`learneddyn.agents.checkpoint`) holds the whole run, which then goes on bit-equal.
 
     Args:
         policy: see the algorithm.
@@ -214,17 +216,23 @@ class Dyna(OffPolicyAlgorithm):
         """Take real steps as SB3 does; then, when it is due, fit and imagine."""
         with self.watch("real"):
             rollout = super().collect_rollouts(*args, **kwargs)
-        due = self.num_timesteps > self.learning_starts and self.num_timesteps >= self._next_refit
-        if due and rollout.continue_training:
+        if self._warm and self.num_timesteps >= self._next_refit and rollout.continue_training:
             self._next_refit = (self.num_timesteps // self.refit_every + 1) * self.refit_every
             self.refit()
             self.imagine()
         return rollout
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
-        """Update as the algorithm does."""
-        with self.watch("update"):
-            super().train(gradient_steps, batch_size)
+        """Update as the algorithm does, once there is as much experience as the random steps give."""
+        if self._warm:
+            with self.watch("update"):
+                super().train(gradient_steps, batch_size)
+
+    @property
+    def _warm(self) -> bool:
+        """Whether there is more experience than the random steps: a loaded agent must not refit on a few rows."""
+        real = self.replay_buffer.real
+        return len(real) > min(self.learning_starts, real.capacity - 1)
 
     def refit(self) -> FitReport:
         """Fit the model on all real rows, and renew the world."""
@@ -293,7 +301,10 @@ class Dyna(OffPolicyAlgorithm):
     def work(self, total_timesteps: int) -> dict[str, int]:
         """Return what learning for so many real steps asks for: updates, fits, and imagined steps at most."""
         first = self.learning_starts + 1
-        fits = [first, *range((first // self.refit_every + 1) * self.refit_every, total_timesteps + 1, self.refit_every)]
+        fits = [
+            first,
+            *range((first // self.refit_every + 1) * self.refit_every, total_timesteps + 1, self.refit_every),
+        ]
         lengths = [rollout_length(self.schedule, step // EPOCH) for step in fits if step <= total_timesteps]
         return {
             "updates": max(0, total_timesteps - self.learning_starts) * self.gradient_steps,
@@ -347,16 +358,28 @@ class Dyna(OffPolicyAlgorithm):
         assert self.episodes is not None
         self.episodes.stepped(self.policy.unscale_action(buffer_action), dones)
 
-    def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> Any:
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
         assert self.env is not None, "set an environment before calling learn()"
-        reset = self._last_obs is None or (args[1] if len(args) > 1 else kwargs.get("reset_num_timesteps", True))
         if self.episodes is None or self.episodes.env is not self.env:
             self.episodes = Episodes(self.env)
-        if reset:
+        begins = reset_num_timesteps or self._last_obs is None
+        if begins:
             self.episodes.resetting()
-        found = super()._setup_learn(total_timesteps, *args, **kwargs)
-        if reset:
+        found = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        if begins:
             self.episodes.reset()
+        if reset_num_timesteps:
+            self._next_refit = self._fitted_at = 0
+        if self.verbose:
+            asked = ", ".join(f"{number:.3g} {name}" for name, number in self.work(self._total_timesteps).items())
+            print(f"{self._total_timesteps} real steps ask for {asked} at most")
         return found
 
     def save(self, path: Any, *args: Any, **kwargs: Any) -> None:

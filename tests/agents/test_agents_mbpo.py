@@ -192,7 +192,7 @@ def everything(model) -> dict[str, torch.Tensor]:
     found["real"], found["imagined"] = (
         part.rows() for part in (model.replay_buffer.real, model.replay_buffer.imagined)
     )
-    found["obs"] = torch.from_numpy(model._last_obs)
+    found["obs"] = torch.zeros(0) if model._last_obs is None else torch.from_numpy(model._last_obs)
     return {name: value.detach().clone() for name, value in found.items()}
 
 
@@ -271,7 +271,21 @@ def test_sb3s_zip_holds_policy_and_model(tmp_path):
     for one, other in zip(back.dynamics.predict(*rows), model.dynamics.predict(*rows), strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
     back.set_env(gym.make("Pendulum-v1"))
-    back.learn(120)  # from an empty replay: random steps first, then the model is fitted further
+    before = everything(back)
+    back.learn(100, reset_num_timesteps=False)  # an empty replay: neither fits nor updates
+    unchanged = {name for name, value in everything(back).items() if torch.equal(value, before[name])}
+    assert {name for name in before if name.startswith(("policy", "dynamics"))} <= unchanged
+    back.learn(10, reset_num_timesteps=False)
+    assert len(back.replay_buffer.imagined) == 100
+
+
+def test_learning_anew_refits_anew(capsys):
+    model = agent(verbose=1)
+    model.learn(160)
+    assert model._fitted_at == 150
+    model.learn(60)
+    assert (model.num_timesteps, model._fitted_at) == (60, 50)
+    assert "160 real steps ask for 60 updates, 2 fits, 200 imagined_steps at most" in capsys.readouterr().out
 
 
 def test_an_agent_that_never_learned_is_saved_too(tmp_path):

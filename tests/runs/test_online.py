@@ -4,6 +4,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import pytest
+import torch
 import yaml
 from stable_baselines3 import SAC
 
@@ -23,6 +24,14 @@ SMALL: dict = {
     "batch_size": 20,
     "policy_kwargs": {"net_arch": [8]},
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make(env) -> Dyna:
