@@ -1,8 +1,8 @@
 """Learners that act: a fast, file-compatible SAC, its replay on the device, and model-based agents around them."""
 
 from learneddyn.agents.buffer import DeviceReplayBuffer
-from learneddyn.agents.coplanner import UPMPC, COPlanner
 from learneddyn.agents.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from learneddyn.agents.coplanner import UPMPC, COPlanner
 from learneddyn.agents.dyna import Dyna
 from learneddyn.agents.lipschitz import AdversarialNoise, CriticRegulariser, GradientPenalty, SpectralCap
 from learneddyn.agents.mbpo import MBPO, DynaCrossQ, DynaTD3, DynaTQC
@@ -14,13 +14,19 @@ __all__ = [
     "MBPO",
     "MPC",
     "PETS",
+    "UPMPC",
+    "AdversarialNoise",
+    "COPlanner",
     "CheckpointError",
+    "CriticRegulariser",
     "DeviceReplayBuffer",
     "Dyna",
     "DynaCrossQ",
     "DynaTD3",
     "DynaTQC",
     "FastSAC",
+    "GradientPenalty",
+    "SpectralCap",
     "load_checkpoint",
     "save_checkpoint",
 ]
