@@ -81,6 +81,13 @@ class UPMPC(Dyna):
         """Units of the uncertainty of every observation column and the reward; None: the environment's."""
         super().__init__(*args, **kwargs)
 
+    def work(self, total_timesteps: int) -> dict[str, int]:
+        """Return what learning asks for, the steps of plans (of all members each) among it."""
+        asked = super().work(total_timesteps)
+        planned = asked["imagined_steps"] + max(0, total_timesteps - self.learning_starts)
+        plans = 0 if self.candidates == 1 else self.candidates * planned
+        return asked | {"planned_steps": plans * self.plan_horizon}
+
     def on_refit(self, report: FitReport) -> None:
         """Measure the units of uncertainty anew."""
         super().on_refit(report)

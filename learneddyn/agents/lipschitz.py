@@ -68,20 +68,24 @@ class CriticRegulariser:
 
     @staticmethod
     def from_card(card: Json) -> "CriticRegulariser":
-        """Build what `card` described.
+        """Build what a `card` describes; without a state it is a fresh one.
 
         Raises:
-            ValueError: the card names no regulariser that can be imported.
+            ValueError: the card names no regulariser that can be imported, or arguments that it does not take.
         """
-        module, _, name = card["class"].rpartition(".")
+        name = str(card.get("class"))
+        module, _, kind_name = name.rpartition(".")
         try:
-            kind = getattr(importlib.import_module(module), name)
+            kind = getattr(importlib.import_module(module), kind_name)
         except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"this file was trained with the critic regulariser {card['class']}: {error}") from error
+            raise ValueError(f"cannot import the critic regulariser {name!r}: {error}") from error
         if not (isinstance(kind, type) and issubclass(kind, CriticRegulariser)):
-            raise ValueError(f"{card['class']} is no CriticRegulariser")
-        regulariser = kind(**card["config"])
-        regulariser.restore(card["state"])
+            raise ValueError(f"{name} is no CriticRegulariser")
+        try:
+            regulariser = kind(**card.get("config", {}))
+        except TypeError as error:
+            raise ValueError(f"{name} does not take the arguments {card.get('config')}: {error}") from error
+        regulariser.restore(card.get("state", []))
         return regulariser
 
 

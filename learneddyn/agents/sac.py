@@ -37,8 +37,9 @@ class FastSAC(SAC):
         *args: see ``stable_baselines3.SAC``.
         precision: "fp32", or "bf16": products between hidden layers in bfloat16, weights and Adam in float32. It pays
             for wide layers; at 2 x 64 it is slower than "fp32" (``benchmarks/sac.py --width 64 --batch 64``).
-        critic_regulariser: what keeps the critics from varying fast (`learneddyn.agents.lipschitz`); the model works on
-            a copy. Files name it in plain JSON, so that Stable-Baselines3 opens them without it.
+        critic_regulariser: what keeps the critics from varying fast (`learneddyn.agents.lipschitz`), or its card,
+            ``{"class": "learneddyn.agents.SpectralCap", "config": {"cap": 5.0}}``. The model works on a copy. Files
+            hold the card, plain JSON, so that Stable-Baselines3 opens them without it.
         **kwargs: see ``stable_baselines3.SAC``.
 
     Raises:
@@ -49,10 +50,12 @@ class FastSAC(SAC):
         self,
         *args: Any,
         precision: str = "fp32",
-        critic_regulariser: CriticRegulariser | None = None,
+        critic_regulariser: CriticRegulariser | Json | None = None,
         **kwargs: Any,
     ) -> None:
         self.precision = precision
+        if isinstance(critic_regulariser, dict):
+            critic_regulariser = CriticRegulariser.from_card(critic_regulariser)
         self.critic_regulariser = critic_regulariser
         self._regulariser_card: Json | None = None
         self._update: SACUpdate | None = None

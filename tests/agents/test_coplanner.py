@@ -234,6 +234,11 @@ def test_imagination_is_conservative_and_the_real_environment_optimistic(rate: s
     np.testing.assert_allclose(greedy, expected, rtol=1e-5)
 
 
+def test_the_work_counts_the_steps_of_plans() -> None:
+    assert agent(COPlanner).work(200)["planned_steps"] == 5 * 5 * (3 * 100 + 100)  # fits at 101, 150, 200
+    assert agent(COPlanner, candidates=1).work(200)["planned_steps"] == 0
+
+
 def test_the_replay_holds_what_was_done() -> None:
     model = agent(COPlanner)
     model.learn(101)

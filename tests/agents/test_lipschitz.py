@@ -226,6 +226,16 @@ def test_one_regulariser_may_be_given_to_several_models() -> None:
     assert distance(states[0], states[1]) == distance(states[0], states[2]) == 0
 
 
+def test_a_card_stands_for_a_regulariser() -> None:
+    """As configuration files give it."""
+    card = {"class": "learneddyn.agents.SpectralCap", "config": {"cap": 1.0}}
+    named, given = (make(FastSAC, critic_regulariser=r) for r in (card, SpectralCap(1.0)))
+    for model in (named, given):
+        seeded_train(model, 2)
+    assert named.critic_regulariser == SpectralCap(1.0)
+    assert distance(named.policy.state_dict(), given.policy.state_dict()) == 0
+
+
 def test_a_regulariser_can_be_changed_between_calls_of_train() -> None:
     model = make(FastSAC)
     seeded_train(model, 1)
@@ -274,7 +284,13 @@ def test_a_models_error_moves_the_value_by_at_most_the_bound(steepness: float, s
         (lambda: make(FastSAC, critic_regulariser=SpectralCap([1.0, 2.0])), r"one per layer of the critic \(3\)"),
         (
             lambda: CriticRegulariser.from_card({"class": "learneddyn.nowhere.Cap", "config": {}, "state": []}),
-            r"trained with the critic regulariser learneddyn\.nowhere\.Cap",
+            r"cannot import the critic regulariser 'learneddyn\.nowhere\.Cap'",
+        ),
+        (
+            lambda: make(
+                FastSAC, critic_regulariser={"class": "learneddyn.agents.SpectralCap", "config": {"beta": 1.0}}
+            ),
+            r"SpectralCap does not take the arguments \{'beta': 1\.0\}",
         ),
         (
             lambda: CriticRegulariser.from_card({"class": "pathlib.Path", "config": {}, "state": []}),
