@@ -146,7 +146,7 @@ class Dyna(OffPolicyAlgorithm):
         """Latest diagnostics, under their logger keys."""
         self._dynamics = model
         self._dynamics_card: dict[str, Any] | None = None
-        self._fitted_at = self._refits = self._next_refit = 0
+        self._fitted_at = self._next_refit = 0
         self.watch = Stopwatch()
         self.episodes: Episodes | None = None
         kwargs |= {"learning_starts": learning_starts, "gradient_steps": gradient_steps}
@@ -237,16 +237,15 @@ class Dyna(OffPolicyAlgorithm):
     def refit(self) -> FitReport:
         """Fit the model on all real rows, and renew the world."""
         data = self.real_data()
-        if self.world is None:
+        if not self._fitted_at:
             self._check_task(data)
-        elif self.diagnose:
+        if self.world is not None and self.diagnose:
             with self.watch("diagnose"):
                 self._diagnose(self.world, data)
         with self.watch("fit"):
             report = self.dynamics.fit(data, rng=self.rng)
         self.world = self.make_world()
         self._fitted_at = self.num_timesteps
-        self._refits += 1
         self._log({"model/fit_epochs": report.epochs} | {f"model/{name}": v for name, v in report.metrics.items()})
         self.on_refit(report)
         return report
