@@ -212,8 +212,8 @@ CLAIM = Claim(
     "their values from nowhere, and maximisation seeks the overestimated ones. Pessimistic ensembles of critics help "
     "where no penalty on the model can.",
     setting="Positions in the plane, s' = s + a, known exactly; starts within 2 of the origin, the reward falls "
-    "steeply beyond 8; SAC, 2 x 64, rollouts of 3, 5 and 10 steps, judged over 30 true steps. And a chain of 6 states with 20 "
-    "actions, no reward, its last state never updated, 300 draws per seed.",
+    "steeply beyond 8; SAC, 2 x 64, rollouts of 3, 5 and 10 steps, judged over 30 true steps. And a chain of 6 states "
+    "with 20 actions, no reward, its last state never updated, 300 draws per seed.",
     measure=measure,
     findings=findings,
     draw=draw,
