@@ -1,6 +1,6 @@
 """Rate of `learneddyn.data.collect` beside the bare vector env and beside Minari's DataCollector.
 
-    python benchmarks/collect.py [--threads 1] [--rounds 7] [--steps 10000] [--lanes 8]
+    python benchmarks/collect.py [--threads 1] [--rounds 5] [--steps 4000] [--lanes 8]
 
 A row is a transition (reset rows do not count); making the environments is included. The bare vector env is Gymnasium's
 SyncVectorEnv with its default settings, stepped with actions that were drawn beforehand and with nothing kept. "saved"
@@ -57,7 +57,7 @@ def minaris(env_id: str, steps: int) -> None:
     env.close()
 
 
-def measure(turns: Turns, steps: int = 10_000, lanes: int = 8) -> list[Row]:
+def measure(turns: Turns, steps: int = 4000, lanes: int = 8) -> list[Row]:
     warnings.filterwarnings("ignore", category=UserWarning)
     contestants = {
         "bare vector env": lambda env_id: bare(env_id, steps, lanes),
@@ -82,4 +82,4 @@ def measure(turns: Turns, steps: int = 10_000, lanes: int = 8) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(measure, __doc__, steps=10_000, lanes=8)
+    main(measure, __doc__, steps=4000, lanes=8)

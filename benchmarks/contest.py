@@ -68,7 +68,7 @@ class Turns(NamedTuple):
 
     seconds: float = 0.2
     """Of a turn."""
-    rounds: int = 7
+    rounds: int = 5
     threads: int = 1
     device: str = "cpu"
 

@@ -1,6 +1,6 @@
 """Steps per second inside a learned world, through every interface, beside MuJoCo's own rate.
 
-    python benchmarks/env_steps.py [--threads 1] [--seconds 0.2] [--rounds 7]
+    python benchmarks/env_steps.py [--threads 1] [--seconds 0.2] [--rounds 5]
 
 The model is the default ensemble (7 networks of 4 x 200, 5 elites; one answers per lane and step) of HalfCheetah-v5. It
 is fitted for one epoch: its quality plays no part. A row is an environment step (lanes x steps). Actions are random and

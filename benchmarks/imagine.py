@@ -1,6 +1,6 @@
 """Imagination as MBPO does it: a policy acts inside the ensemble, and the rows go into the pool it learns from.
 
-    python benchmarks/imagine.py [--threads 1] [--seconds 0.2] [--rounds 7] [--starts 20000]
+    python benchmarks/imagine.py [--threads 1] [--seconds 0.2] [--rounds 5] [--starts 20000]
 
 Sizes are those of HalfCheetah, as in `rollout.py`, with a policy of 2 x 256 and rollouts of 5 steps. A row is an
 imagined transition; starts are drawn from the replay of real rows. The operations counted are those of one network and

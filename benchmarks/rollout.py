@@ -1,6 +1,6 @@
 """How fast an ensemble imagines and trains, beside a naive reference, mbrl-lib and the machine's matrix products.
 
-    python benchmarks/rollout.py [--threads 1] [--seconds 0.2] [--rounds 7] [--largest 50000]
+    python benchmarks/rollout.py [--threads 1] [--seconds 0.2] [--rounds 5] [--largest 50000]
 
 Sizes are those of HalfCheetah: 7 networks of 4 x 200, 17 observation columns, 6 actions, a reward head, 5 elites of
 which one answers per lane and step. A world step is sampling, reward, termination and the checks around them. The

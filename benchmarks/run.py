@@ -1,6 +1,6 @@
 """Run every benchmark of this folder, and write machine, versions, goals and tables to results.md.
 
-    python benchmarks/run.py [--only rollout sac] [--seconds 0.2] [--rounds 7] [--out benchmarks/results.md]
+    python benchmarks/run.py [--only rollout sac] [--seconds 0.2] [--rounds 5] [--out benchmarks/results.md]
 
 Every script runs in a process of its own: first on one thread, pinned to one core, then, where threads matter, on two,
 then on a GPU where there is one. Peers that are not installed are shown as such; a script that fails is named, the
@@ -199,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=scripts, default=scripts)
     parser.add_argument("--seconds", type=float, default=0.2, help="of a turn")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=HERE / "results.md")
     args = parser.parse_args()
     settings = [Setting("one thread", 1, "cpu", ONE_THREAD), Setting("two threads", 2, "cpu", TWO_THREADS)]

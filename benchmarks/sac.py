@@ -1,6 +1,6 @@
 """Milliseconds per SAC update: `FastSAC` beside Stable-Baselines3, SBX (JAX) and TorchRL.
 
-    python benchmarks/sac.py [--threads 1] [--rounds 7] [--batch 256] [--width 256] [--obs 17] [--actions 6]
+    python benchmarks/sac.py [--threads 1] [--rounds 5] [--batch 256] [--width 256] [--obs 17] [--actions 6]
 
 A row is an update, replay sampling included; a call is 20 updates. "hidden products" are the matrix products between
 the two hidden layers that every update needs, and nothing else: no rewriting can be faster. The operations counted are

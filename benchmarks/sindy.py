@@ -1,6 +1,6 @@
 """Steps of a SINDy model beside pysindy's `predict` of the same fit's size.
 
-    python benchmarks/sindy.py [--threads 1] [--seconds 0.2] [--rounds 7]
+    python benchmarks/sindy.py [--threads 1] [--seconds 0.2] [--rounds 5]
 
 Four observation columns and one action, degree 3: 69 candidate terms here (monomials of the observation, the action,
 and their products), 56 in pysindy (monomials of all five). A row is one step of one lane. pysindy asks for NumPy arrays
