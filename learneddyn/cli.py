@@ -1,4 +1,4 @@
-"""The command line: collect, fit, train, evaluate, render, demo, mbpo, reproduce, list. Only it reads configurations.
+"""The command line: collect, fit, train, evaluate, render, demo, mbpo, pets, reproduce, list. Only it reads configs.
 
 Every command takes ``--config FILE`` or ``--config NAME`` (a preset that ships, see ``learneddyn list``) and overrides
 on top of it; ``--print_config`` shows what it would run with. Unknown keys are errors.
@@ -20,6 +20,7 @@ from rich.table import Table
 
 from learneddyn import reproduce as experiments
 from learneddyn import tasks
+from learneddyn.agents.pets import PETS, described
 from learneddyn.core import Transitions, generator
 from learneddyn.data import collect as collect_steps
 from learneddyn.data import collect_grade, load, load_agent
@@ -28,6 +29,7 @@ from learneddyn.envs import check_settings, first_observations, load_world, save
 from learneddyn.evaluation import Round
 from learneddyn.evaluation.render import side_by_side
 from learneddyn.models import AbstractDynamics, ProbabilisticEnsemble
+from learneddyn.planners import AbstractPlanner
 from learneddyn.runs import (
     Notify,
     RoundsConfig,
@@ -42,6 +44,7 @@ from learneddyn.runs import (
 from learneddyn.runs.claims import publish, run_claim, told, verdict
 from learneddyn.runs.online import Mark, draw_curves, learn_online
 from learneddyn.runs.report import report_runs
+from learneddyn.runs.trials import Trial, learn_trials
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 _PRESETS = Path(str(files("learneddyn") / "configs"))
@@ -499,6 +502,64 @@ def mbpo(
     console.print(str(picture), soft_wrap=True)
 
 
+def pets(
+    env_id: str,
+    out: str = "runs/pets",
+    steps: int = 3000,
+    model: AbstractDynamics | None = None,
+    planner: AbstractPlanner | None = None,
+    particles: int = 20,
+    sampler: Literal["tsinf", "ts1"] = "tsinf",
+    random_trials: int = 1,
+    env_kwargs: dict[str, Any] | None = None,
+    seeds: list[int] | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    progress: bool = True,
+) -> None:
+    """Learn in a handful of trials: plan in an ensemble, act, fit it anew. Killed runs go on with --resume.
+
+    Args:
+        env_id: Gymnasium id of the real environment.
+        out: run folder; seed-N/agent holds the agent after its last finished trial.
+        steps: real steps in all.
+        model: class path and arguments of the dynamics model, by default the paper's ensemble.
+        planner: class path and arguments of the planner, by default the paper's CEM.
+        particles: imagined futures per plan.
+        sampler: tsinf keeps a particle's network, ts1 draws another at every step.
+        random_trials: trials of random actions before the first fit.
+        env_kwargs: arguments of the environment.
+        seeds: run several, side by side on the cores.
+        seed: run one, where seeds is not given.
+        workers: processes at once, by default one per core.
+        device: of model and planning.
+        resume: go on with the run in the folder.
+        progress: show progress.
+    """
+    chosen = seeds or [seed]
+    arguments = {"particles": particles, "sampler": sampler, "random_trials": random_trials}
+    parts = {name: None if part is None else described(part) for name, part in (("model", model), ("planner", planner))}
+    settings = {"env_id": env_id, "env_kwargs": env_kwargs, "steps": steps, "seeds": chosen} | arguments | parts
+    make = partial(_trial_agent, model, planner, arguments, device)
+    with closing(gym.make(env_id, **env_kwargs or {})) as env:
+        make(chosen[0], env)
+    folder = RunFolder(out, settings, resume=resume)
+    work = partial(_one_pets, make, env_id, folder.path, steps, env_kwargs, device)
+    played = for_each_seed(work, chosen, workers=workers, progress=progress)
+    table = Table(title=f"PETS in {env_id}: return of every trial")
+    table.add_column("real steps", justify="right")
+    for number in played:
+        table.add_column(f"seed {number}", justify="right")
+    for trial in range(max(map(len, played.values()))):
+        rows = [trials[trial] if trial < len(trials) else None for trials in played.values()]
+        at = ", ".join(dict.fromkeys(str(row.real_steps) for row in rows if row))
+        table.add_row(at, *(f"{row.earned:.1f}" if row else "" for row in rows))
+    console.print(table)
+    console.print(str(folder.path), soft_wrap=True)
+
+
 def reproduce(
     name: str,
     seeds: list[int] | None = None,
@@ -558,6 +619,7 @@ COMMANDS: dict[str, Any] = {
     "render": render,
     "demo": demo,
     "mbpo": mbpo,
+    "pets": pets,
     "reproduce": reproduce,
     "list": list_all,
 }
@@ -683,6 +745,35 @@ def _one_online(
         seed=seed,
         device=device,
         notify=notify,
+    )
+
+
+def _trial_agent(
+    model: AbstractDynamics | None,
+    planner: AbstractPlanner | None,
+    arguments: dict[str, Any],
+    device: str,
+    seed: int,
+    env: gym.Env[Any, Any],
+) -> PETS:
+    fresh = None if model is None else type(model)(**model.config())
+    return PETS(env, fresh, planner, seed=seed, device=device, **arguments)
+
+
+def _one_pets(
+    make: Any,
+    env_id: str,
+    folder: Path,
+    steps: int,
+    env_kwargs: dict[str, Any] | None,
+    device: str,
+    seed: int,
+    notify: Notify,
+) -> list[Trial]:
+    """Learn with one seed; runs in a process of its own."""
+    home = folder / f"seed-{seed}"
+    return learn_trials(
+        partial(make, seed), env_id, home, steps=steps, env_kwargs=env_kwargs, device=device, notify=notify
     )
 
 

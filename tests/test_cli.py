@@ -88,7 +88,9 @@ def test_every_preset_parses(path, home, capsys):
     assert stopped.value.code == 0
     parsed = yaml.safe_load(capsys.readouterr().out)
     given = yaml.safe_load(path.read_text())
-    assert all(parsed[name] == value for name, value in given.items() if name != "model")
+    parts = {"model", "planner"} & set(given)
+    assert all(parsed[name] == value for name, value in given.items() if name not in parts)
+    assert all(parsed[part]["init_args"].items() >= given[part]["init_args"].items() for part in parts)
     if "model" in given:
         ProbabilisticEnsemble(**given["model"]["init_args"])
 

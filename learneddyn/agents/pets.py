@@ -366,8 +366,8 @@ class PETS(BaseAlgorithm):
             "version": learneddyn.__version__,
             "task": self.task.real_id,
             "spaces": self.spaces.to_json(),
-            "model": {"class": _name(type(self.dynamics)), "config": self.dynamics.config()},
-            "planner": {"class": _name(type(self.planner)), "config": _config(self.planner)},
+            "model": described(self.dynamics),
+            "planner": described(self.planner),
             "arguments": {name: getattr(self, name) for name in _ARGUMENTS},
             "entropy": self.entropy,
             "planning_seed": None if self.mpc is None else self.mpc.seed,
@@ -466,9 +466,10 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _config(planner: AbstractPlanner) -> Json:
-    """Return the constructor's arguments, read back from the attributes of the same names."""
-    return {name: getattr(planner, name) for name in list(inspect.signature(type(planner).__init__).parameters)[1:]}
+def described(part: AbstractDynamics | AbstractPlanner) -> Json:
+    """Return the class of a model or planner and its constructor's arguments, read from attributes of their names."""
+    names = list(inspect.signature(type(part).__init__).parameters)[1:]
+    return {"class": _name(type(part)), "config": {name: getattr(part, name) for name in names}}
 
 
 def _made(card: Json, base: type[Any]) -> Any:

@@ -13,7 +13,7 @@ from learneddyn.reproduce import pets
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(pets, "STEPS", 40)
+    monkeypatch.setattr(pets, "STEPS", 12)
     monkeypatch.setattr(pets, "TRIALS", 3)
     monkeypatch.setattr(pets, "planner", lambda: ICEM(horizon=2, candidates=6, elites=3, iterations=1))
     model = {"hidden": [8], "angles": [1], "max_epochs": 2}
