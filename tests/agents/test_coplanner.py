@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from learneddyn.agents import MBPO, DynaTD3
+from learneddyn.agents import MBPO, DynaTD3, SpectralCap
 from learneddyn.agents import coplanner as room
+from learneddyn.agents.checkpoint import load_checkpoint, save_checkpoint
 from learneddyn.agents.coplanner import UPMPC, COPlanner, step_uncertainty, uncertainty, uncertainty_scale, up_mpc
 from learneddyn.core import Outcome, Prediction, Task, Transitions, generator
 from learneddyn.models import ProbabilisticEnsemble
@@ -267,6 +268,18 @@ def test_a_loaded_agent_plans_in_the_same_units(tmp_path) -> None:
     assert loaded.uncertainty_scale == model.uncertainty_scale is not None
     assert (loaded.conservative_rate, loaded.candidates) == (2.0, 5)
     assert agent(COPlanner, standardise=False).uncertainty_scale is None
+
+
+def test_a_resumed_run_goes_on_bit_equal(tmp_path) -> None:
+    """With a regularised critic, whose singular vectors are part of the file."""
+    model = agent(COPlanner, critic_regulariser=SpectralCap(0.8)).learn(130)
+    save_checkpoint(model, tmp_path / "checkpoint")
+    model.learn(30, reset_num_timesteps=False)
+    other = load_checkpoint(COPlanner, tmp_path / "checkpoint", gym.make("Pendulum-v1"), "cpu")
+    assert other.critic_regulariser == SpectralCap(0.8)
+    other.learn(30, reset_num_timesteps=False)
+    assert other.num_timesteps == model.num_timesteps == 160
+    assert distance(model, other) == 0
 
 
 @pytest.mark.parametrize(
