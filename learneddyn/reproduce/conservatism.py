@@ -90,11 +90,11 @@ def findings(figures: dict[int, Json]) -> list[Finding]:
     plain = bootstrap_interval(over_seeds("narrow, TD3"))
     rows = [
         Finding("narrow log: return of TD3", plain, "below -1000", plain.high < -1000),
-        ahead("narrow", "IQL", "BC", -15),
-        ahead("wide", "TD3", "IQL", 0),
-        ahead("wide", "TD3", "TD3+BC", 0),
-        ahead("wide", "TD3+BC", "BC", 0),
-        ahead("wide", "IQL", "BC", 0),
+        ahead("narrow", "IQL", "BC", -15.0),
+        ahead("wide", "TD3", "IQL", 0.0),
+        ahead("wide", "TD3", "TD3+BC", 0.0),
+        ahead("wide", "TD3+BC", "BC", 0.0),
+        ahead("wide", "IQL", "BC", 0.0),
     ]
     judged = {"narrow, TD3"}
     for name in next(iter(figures.values())):
