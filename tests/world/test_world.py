@@ -284,6 +284,18 @@ def test_finite_rows_that_add_up_to_infinity_are_kept():
     assert torch.equal(step.reward, huge[:, 0])
 
 
+def test_returns_give_plans_the_gradient_that_they_ask_for():
+    """Of sums of positions: an action counts once for every step from its own to the end of the particle."""
+    world = World(Shifts([[0.0]], gain=1.0), task(terminated=above(2.0)))
+    plans = torch.tensor([[0.25, 0.5, 0.0, 0.25], [1.5, 0.75, 0.5, 0.5]])[None, :, :, None].requires_grad_()
+    returns = world.returns(torch.zeros(1, 1), plans, generator(0), particles=3, chunk=3)
+    (gradient,) = torch.autograd.grad(returns.sum(), plans)
+    assert gradient[0, :, :, 0].tolist() == [[4, 3, 2, 1], [2, 1, 0, 0]]
+    assert not world.returns(torch.zeros(1, 1), plans.detach(), generator(0)).requires_grad
+    with torch.no_grad():
+        assert not world.returns(torch.zeros(1, 1), plans, generator(0)).requires_grad
+
+
 def test_dead_particles_collect_nothing():
     world = World(Shifts([[1.0]]), task(terminated=above(2.0)))
     assert world.returns(torch.zeros(1, 1), torch.zeros(1, 2, 9, 1), generator(0)).tolist() == [[3.0, 3.0]]
