@@ -202,9 +202,12 @@ class PETS(BaseAlgorithm):
             checkpoint: folder to `save` to after every trial.
 
         Raises:
+            ValueError: the agent was loaded without an environment.
             DataError: the real data cannot be learned from.
             FloatingPointError: a fit diverged (the weights before it are kept), or a strict sentinel.
         """
+        if self.env is None:
+            raise ValueError("this agent has no environment to learn in: load it with one, or call set_env(env)")
         self._last_obs = np.empty(0)  # `_trial` resets the environment itself
         total, callbacks = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         callbacks.on_training_start(locals(), globals())
@@ -237,7 +240,7 @@ class PETS(BaseAlgorithm):
     def _trial(self, total: int, callback: BaseCallback) -> bool:
         """Play one episode, or as much of it as ``total`` allows; False where a callback wants to stop."""
         env = self.env
-        assert env is not None, "set an environment before calling learn()"
+        assert env is not None
         self._divergence, self._rows = None, []
         chance = copy.deepcopy(self.action_space)
         chance.seed(self._stream("act"))
@@ -441,7 +444,10 @@ _ARGUMENTS = ("particles", "sampler", "random_trials", "diagnose")
 
 
 def published_ensemble(task: Task) -> ProbabilisticEnsemble:
-    """Return the source's ensemble for robots: five networks, batches of 32, five epochs a trial, all of them used."""
+    """Return the ensemble that the source pushes objects with, for states of any kind: five networks of 3 x 200.
+
+    All five are used, and train for five epochs of batches of 32 a trial.
+    """
     return ProbabilisticEnsemble(
         5,
         5,
@@ -449,7 +455,7 @@ def published_ensemble(task: Task) -> ProbabilisticEnsemble:
         learn_reward=task.reward is None,
         learn_termination=task.terminated is None,
         angles=task.angles,
-        weight_decay=(2.5e-5, 5e-5, 7.5e-5, 1e-4),
+        weight_decay=(2.5e-4, 5e-4, 5e-4, 7.5e-4),
         batch_size=32,
         max_epochs=5,
     )

@@ -168,6 +168,8 @@ def test_a_loaded_agent_answers_the_same_without_an_environment(learned):
         mine, theirs = pets.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0]
         assert np.array_equal(mine, theirs)
     assert loaded.get_env() is None
+    with pytest.raises(ValueError, match="no environment to learn in"):
+        loaded.learn(1)
     assert loaded.planner.candidates == 10
 
 
