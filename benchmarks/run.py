@@ -47,8 +47,8 @@ class Setting(NamedTuple):
 class Goal(NamedTuple):
     """A figure to reach; times are those on one thread.
 
-    ``case`` "" is the only one that there is. ``against`` is the peer whose rate is exceeded ``wanted`` times;
-    "ceiling": the share of the fp32 ceiling; "us": at most so many microseconds a call; "amount": at most that much.
+    ``against`` is the peer whose rate is exceeded ``wanted`` times; "ceiling": the share of the fp32 ceiling; "us": at
+    most so many microseconds a call; "amount": at most that much.
     """
 
     table: str
@@ -70,9 +70,8 @@ class Goal(NamedTuple):
     def judge(self, rows: Sequence[Row]) -> tuple[str, bool] | None:
         """Return what was measured and whether it suffices; None: one of the rows is not there."""
         table = [row for row in rows if row.table == self.table]
-        ours = [row for row in table if row.name == self.name and self.case in ("", row.case)]
-        theirs = [row for row in table if row.name == self.against and row.seconds and self.case in ("", row.case)]
-        theirs += [row for row in table if row.name == self.against and row.seconds and not row.case]
+        ours = [row for row in table if (row.case, row.name) == (self.case, self.name)]
+        theirs = [row for row in table if row.name == self.against and row.case in ("", self.case) and row.seconds]
         if not ours:
             return None
         if self.against == "amount":
@@ -111,9 +110,6 @@ GOALS = [
     Goal("SAC update", "batch 256, 2 x 256", "FastSAC fp32, device replay", "SB3", 2.3),
     Goal("SAC update", "batch 256, 2 x 256", "FastSAC bf16, device replay", "SB3", 3.3),
     Goal("SAC update", "batch 256, 2 x 256", "FastSAC bf16, device replay", "sbx (JAX)", 1.1),
-    Goal("CEM plan at equal budget", "", "fp32", "mbrl-lib", 1.5),
-    Goal("CEM plan at equal budget", "", "bf16", "mbrl-lib", 2.7),
-    Goal("A step of control by iCEM", "", "fp32", "us", 100_000),
     Goal("Peak memory of an offline run", "1000000 rows", "+ SAC updates", "amount", 2),
 ]
 

@@ -58,7 +58,7 @@ def test_a_contest_times_every_turn_and_puts_products_beside_what_counts_operati
     ("case", "against", "wanted", "found"),
     [
         ("8 lanes", "peer", 2.0, ("2.00 x", True)),
-        ("", "peer", 2.1, ("2.00 x", False)),
+        ("8 lanes", "peer", 2.1, ("2.00 x", False)),
         ("8 lanes", "everyone's peer", 4.5, ("4.00 x", False)),
         ("8 lanes", "us", 2000, ("2000.0 µs", True)),
         ("8 lanes", "us", 1999, ("2000.0 µs", False)),
