@@ -79,7 +79,7 @@ class Gradients:
         inputs, before, last = [x], [], len(self._work) - 1
         for layer, (weight, bias) in enumerate(zip(self._work, self._biases, strict=True)):
             z = self._buffer("z", layer, x, weight.shape[2])
-            before.append(torch.bmm(inputs[-1], weight, out=z).add_(bias.to(x.dtype)))
+            before.append(torch.baddbmm(bias.to(x.dtype), inputs[-1], weight, out=z))
             if layer < last:
                 inputs.append(torch.ops.aten.silu.out(z, out=self._buffer("h", layer, x, weight.shape[2])))
         return inputs, before
