@@ -1,0 +1,229 @@
+"""Objective mismatch: is a likelier model a better model to act by, and can a likely one be useless?
+
+Source: Lambert, Amos, Yadan, Calandra, "Objective Mismatch in Model-based Reinforcement Learning" (2020). Two tools:
+
+    likelihood_study    many models, their likelihood on several data sets, the return of whoever acts by them
+    adversarial_model   a model nearly as likely as a good one, by which a controller fails
+
+`learneddyn.models.weighting` holds the mitigation, weights of the model's loss.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from learneddyn.core import Dynamics, Json, Transitions
+from learneddyn.evaluation.calibration import normal_nll
+from learneddyn.evaluation.stats import Estimate, correlation
+from learneddyn.models import ProbabilisticEnsemble
+
+Judge = Callable[[Dynamics], float]
+"""The return, in the real environment, of a controller that acts by this model."""
+
+
+@torch.no_grad()
+def log_likelihood(model: Dynamics, data: Transitions, *, chunk: int = 10_000) -> float:
+    """Return the mean log-likelihood of the rows' next observations, in nats a row (summed over columns).
+
+    An ensemble is the even mixture of its elites; no weight of the loss enters.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=data.device)
+    for rows in torch.arange(len(data), device=data.device).split(chunk):
+        said = model.predict(data.obs[rows], data.action[rows])
+        mean, std = said.mean[said.elites], said.std[said.elites]
+        logs = -normal_nll(data.next_obs[rows].expand_as(mean), mean, std).double().sum(dim=2)
+        total += (logs.logsumexp(dim=0) - math.log(len(logs))).sum()
+    return float(total / len(data))
+
+
+@dataclass(frozen=True)
+class LikelihoodStudy:
+    """Log-likelihoods and returns of many models, and how they are correlated (Pearson) on each data set.
+
+    ``top`` uses the half of the models with the better returns: failed models alone can make a correlation. It is None
+    where fewer than three are left, or nothing varies. Intervals are bootstrap intervals over models.
+    """
+
+    likelihoods: dict[str, Float[np.ndarray, " n"]]
+    returns: Float[np.ndarray, " n"]
+    pearson: dict[str, Estimate]
+    top: dict[str, Estimate | None]
+
+    def to_json(self) -> Json:
+        """Return a plain dictionary."""
+        return {
+            "models": len(self.returns),
+            "returns": self.returns.tolist(),
+            "likelihoods": {name: values.tolist() for name, values in self.likelihoods.items()},
+            "pearson": {name: value.to_json() for name, value in self.pearson.items()},
+            "top": {name: value and value.to_json() for name, value in self.top.items()},
+        }
+
+
+def likelihood_study(
+    models: Sequence[Dynamics], data: Mapping[str, Transitions], judge: Judge, *, level: float = 0.95, seed: int = 0
+) -> LikelihoodStudy:
+    """Measure likelihood and return of every model, and correlate them.
+
+    Args:
+        models: at least three, of different quality: sizes, seeds, amounts of data, lengths of training.
+        data: held-out data sets by name; what likelihood means depends on them.
+        judge: plays a controller that acts by the model in the real environment.
+        level: nominal coverage of the intervals.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: fewer than three models, or likelihoods or returns that are not finite or do not vary.
+    """
+    likelihoods = {name: [log_likelihood(model, rows) for model in models] for name, rows in data.items()}
+    return correlated(likelihoods, [judge(model) for model in models], level=level, seed=seed)
+
+
+def correlated(likelihoods: Mapping[str, Any], returns: Any, *, level: float = 0.95, seed: int = 0) -> LikelihoodStudy:
+    """Correlate figures at hand, for example of several studies put together.
+
+    Args:
+        likelihoods: ``[n]`` per data set.
+        returns: ``[n]``, of the same models.
+        level: nominal coverage of the intervals.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: fewer than three models, or figures that are not finite or do not vary.
+    """
+    y = np.asarray(returns, dtype=np.float64)
+    best = np.argsort(-y, kind="stable")[: (len(y) + 1) // 2]
+    measured = {name: np.asarray(values, dtype=np.float64) for name, values in likelihoods.items()}
+
+    def pearson(x: np.ndarray, rows: Any) -> Estimate:
+        return correlation(x[rows], y[rows], method="pearson", level=level, seed=seed)
+
+    return LikelihoodStudy(
+        likelihoods=measured,
+        returns=y,
+        pearson={name: pearson(x, slice(None)) for name, x in measured.items()},
+        top={
+            name: pearson(x, best) if len(best) > 2 and np.ptp(x[best]) and np.ptp(y[best]) else None
+            for name, x in measured.items()
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """A model that is nearly as likely as the one it came from, and what it costs to act by it.
+
+    ``history`` holds the lowest return among admissible models after every generation.
+    """
+
+    model: ProbabilisticEnsemble
+    likelihood: float
+    original_likelihood: float
+    returned: float
+    original_return: float
+    played: int
+    history: list[float]
+
+    def to_json(self) -> Json:
+        """Return a plain dictionary without the model."""
+        return {name: value for name, value in vars(self).items() if name != "model"}
+
+
+def adversarial_model(
+    model: ProbabilisticEnsemble,
+    data: Transitions,
+    judge: Judge,
+    *,
+    delta: float = 0.1,
+    generations: int = 10,
+    population: int = 10,
+    step: float = 0.1,
+    penalty: float = 1000.0,
+    seed: int = 0,
+) -> Adversary:
+    """Search, near a good model, for one by which a controller fails and which the data hardly tell apart.
+
+    CMA-ES over the weights and biases of the last layer's means, in units of each tensor's root mean square, minimises
+    ``return + penalty * max(0, original likelihood - delta - likelihood)``. Deviation from the source: a model outside
+    the bound is not played, it counts as the original return plus its penalty; and the strategy's covariance is
+    diagonal (hundreds of weights, few generations).
+
+    Args:
+        model: a fitted model; it is not changed.
+        data: rows that likelihood is measured on.
+        judge: plays a controller that acts by the model in the real environment.
+        delta: log-likelihood, in nats a row, that may be lost.
+        generations: of the strategy.
+        population: models per generation.
+        step: first standard deviation of the search.
+        penalty: return per nat below the bound.
+        seed: of the strategy.
+
+    Returns:
+        The admissible model with the lowest return; the original where none was lower.
+
+    Raises:
+        ValueError: an argument out of range.
+        ImportError: the extra ``reproduce`` (package ``cma``) is not installed.
+    """
+    for name, value, ok in (
+        ("delta", delta, delta >= 0),
+        ("generations", generations, generations >= 1),
+        ("population", population, population >= 2),
+        ("step", step, step > 0),
+    ):
+        if not ok:
+            raise ValueError(f"{name} is out of range: {value}")
+    try:
+        import cma
+    except ImportError as error:
+        raise ImportError("adversarial_model needs the package cma: pip install learneddyn[reproduce]") from error
+    original, first = log_likelihood(model, data), judge(model)
+    scales = _last_layer(model)
+    settings = {"popsize": population, "seed": seed + 1, "verbose": -9, "CMA_diagonal": True}
+    strategy = cma.CMAEvolutionStrategy(np.zeros(sum(scale.numel() for scale in scales)), step, settings)
+    worst, likely, lowest, played = model, original, first, 1
+    history: list[float] = []
+    for _ in range(generations):
+        asked, costs = strategy.ask(), []
+        for point in asked:
+            moved = _moved(model, scales, point)
+            likelihood = log_likelihood(moved, data)
+            short = original - delta - likelihood
+            if not short <= 0:
+                costs.append(first + penalty * (short if np.isfinite(short) else 1e6))
+                continue
+            costs.append(judge(moved))
+            played += 1
+            if costs[-1] < lowest:
+                worst, likely, lowest = moved, likelihood, costs[-1]
+        strategy.tell(asked, costs)
+        history.append(lowest)
+    if worst is model:
+        worst = copy.deepcopy(model)
+    return Adversary(worst, likely, original, lowest, first, played, history)
+
+
+def _last_layer(model: ProbabilisticEnsemble) -> list[Tensor]:
+    """Return the root mean squares of the last layer's weights and biases of means, in their shapes."""
+    columns = len(model.max_logvar)
+    means = [tensor.detach()[..., :columns] for tensor in (model.weights[-1], model.biases[-1])]
+    return [part.square().mean().sqrt().clamp_min(1e-3).expand_as(part) for part in means]
+
+
+def _moved(model: ProbabilisticEnsemble, scales: list[Tensor], point: np.ndarray) -> ProbabilisticEnsemble:
+    """Return a copy whose last layer's means are moved by ``point``, in units of ``scales``."""
+    moved = copy.deepcopy(model)
+    steps = torch.as_tensor(point, dtype=torch.float32, device=moved.max_logvar.device)
+    flat = steps.split([scale.numel() for scale in scales])
+    with torch.no_grad():
+        for tensor, scale, part in zip((moved.weights[-1], moved.biases[-1]), scales, flat, strict=True):
+            tensor[..., : scale.shape[-1]] += part.view(scale.shape) * scale
+    return moved
