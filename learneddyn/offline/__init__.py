@@ -20,12 +20,13 @@ The same update inside a learned model, `OfflineMBPO` (model_based.py), is a pro
 
     dynamics model   x reward transform  x selector   x critic rule           x data mix
     ``model``: any     ``penalty``,        ``sampler``  ``n_critics``,          ``real_ratio``, ``horizon``,
-    AbstractDynamics   ``penalty_weight``               ``diversity``,          ``rollout_batch``,
-                                                        ``conservatism``,       ``rollout_every``,
+    dynamics           ``penalty_weight``,              ``diversity``,          ``rollout_batch``,
+                       ``pessimism``                    ``conservatism``,       ``rollout_every``,
                                                         ``inconsistency``       ``retain``
 
     MBPO, offline      penalty_weight = 0  elite        twin                    real_ratio .05
     `MOPO`             max_aleatoric, λ    elite        twin                    .05
+    `MOReL`            HALT                elite        twin                    .05
     `COMBO`            none                elite        conservatism β          .5
     `MOBILE`           none                elite        inconsistency           .05
     `RAVL`             none                elite        n_critics, diversity η  .05
@@ -39,7 +40,7 @@ penalty_weight=2.0, n_critics=10, diversity=1.0)``; a new selector is a `learned
 from learneddyn.offline.base import Cosine, Diverged, OfflineAlgorithm
 from learneddyn.offline.bc import BC
 from learneddyn.offline.iql import IQL
-from learneddyn.offline.model_based import COMBO, MOBILE, MOPO, RAVL, OfflineMBPO
+from learneddyn.offline.model_based import COMBO, MOBILE, MOPO, RAVL, MOReL, OfflineMBPO
 from learneddyn.offline.policy import OfflinePolicy
 from learneddyn.offline.sac import CQL, EDAC, SACN, OfflineSAC
 from learneddyn.offline.td3 import TD3BC, OfflineTD3, ReBRAC
@@ -57,6 +58,7 @@ __all__ = [
     "TD3BC",
     "Cosine",
     "Diverged",
+    "MOReL",
     "OfflineAlgorithm",
     "OfflineMBPO",
     "OfflinePolicy",

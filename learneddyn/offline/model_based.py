@@ -1,19 +1,19 @@
-"""Offline learning inside a learned model: MOPO, COMBO, MOBILE and RAVL as settings of one loop.
+"""Offline learning inside a learned model: MOPO, MOReL, COMBO, MOBILE and RAVL as settings of one loop.
 
     fit the ensemble on the log (once)
     every rollout_every updates  imagine ``horizon`` steps from ``rollout_batch`` logged states, acting by the policy;
                                  a rollout stops where the model terminates, a cut one is not terminated at its end
     every update                 an update of `OfflineSAC` on real_ratio logged rows, the rest imagined
 
-    part                             MBPO    MOPO           COMBO       MOBILE         RAVL
-    reward transform: λ u            0       λ max σ        0           0              0
-    critic rule                      twin    twin           β on top    U in target    n critics, diversity η
-    real_ratio                       .05     .05            .5          .05            .05
-    entropy in the target            yes     yes            no          no             yes
+    part                     MBPO    MOPO       MOReL        COMBO       MOBILE         RAVL
+    reward transform         -       - λ u      HALT         -           -              -
+    critic rule              twin    twin       twin         β on top    U in target    n critics, diversity η
+    real_ratio               .05     .05        .05          .5          .05            .05
+    entropy in the target    yes     yes        yes          no          no             yes
 
-The transition selector is the world's sampler ("elite": an elite drawn anew per row and step). Every row of the table
-is the one before it with a weight that can be 0: MOPO at λ = 0, COMBO at β = 0, MOBILE at weight 0 and RAVL with two
-critics and η = 0 are the same updates, bit for bit where the settings that remain agree.
+The transition selector is the world's sampler ("elite": an elite drawn anew per row and step). Every column
+is MBPO with a weight that can be 0: MOPO at λ = 0, MOReL with pessimism 0, COMBO at β = 0, MOBILE at weight 0 and RAVL
+with two critics and η = 0 are the same updates, bit for bit where the settings that remain agree.
 
 Source of the loop and its constants: Yu et al., "MOPO: Model-based Offline Policy Optimization", 2020, after Janner et
 al., "When to Trust Your Model: Model-Based Policy Optimization", 2019. Deviations: rewards and terminations come from
@@ -32,7 +32,7 @@ from torch import Tensor
 from learneddyn.agents.diagnostics import imagination_figures
 from learneddyn.agents.dyna import _rebuilt as rebuilt
 from learneddyn.agents.dyna import default_dynamics
-from learneddyn.core import DataError, Dynamics, Json, Penalty, Prediction, Task, Transitions
+from learneddyn.core import DataError, Dynamics, Json, Penalty, Prediction, State, Task, Transitions
 from learneddyn.data.replay import Batch, MixedReplay, Replay
 from learneddyn.models import AbstractDynamics
 from learneddyn.offline.base import Cosine
@@ -40,11 +40,11 @@ from learneddyn.offline.dataset import Data, bounds
 from learneddyn.offline.policy import OfflinePolicy, SquashedActor
 from learneddyn.offline.sac import DIVERSE_NETS, WIDE, OfflineSAC
 from learneddyn.spaces import Spaces
-from learneddyn.world import PENALTIES, Sampler, World
+from learneddyn.world import PENALTIES, Sampler, World, penalty_below
 
 
 class OfflineMBPO(OfflineSAC):
-    """The loop above; `MOPO`, `COMBO`, `MOBILE` and `RAVL` are its published settings.
+    """The loop above; `MOPO`, `MOReL`, `COMBO`, `MOBILE` and `RAVL` are its published settings.
 
     `save` keeps the model with the agent if it is an `AbstractDynamics` (else pass ``model=`` to `load`), but not the
     imagined rows: a loaded agent imagines anew when it goes on.
@@ -57,6 +57,9 @@ class OfflineMBPO(OfflineSAC):
         sampler: of the world, see `learneddyn.world.sampling`.
         penalty: u, a name of `learneddyn.world.PENALTIES` or a function.
         penalty_weight: λ, in units of the logged reward per unit of u.
+        pessimism: c > 0 halts imagination where two members lie further apart than the largest distance on the log / c;
+            such a step ends the rollout, terminated, and pays the least logged reward + ``halt_offset``.
+        halt_offset: see there; in units of the logged reward, at most 0.
         inconsistency: weight of U, the deviation of the Bellman target over elites, in the target of imagined rows.
         inconsistency_draws: next states drawn per elite for U.
         clip_target: keep targets at 0 or above, as published code does on tasks with positive rewards only.
@@ -82,6 +85,8 @@ class OfflineMBPO(OfflineSAC):
         sampler: str | Sampler = "elite",
         penalty: str | Penalty = "max_aleatoric",
         penalty_weight: float = 0.0,
+        pessimism: float = 0.0,
+        halt_offset: float = 0.0,
         inconsistency: float = 0.0,
         inconsistency_draws: int = 10,
         clip_target: bool = False,
@@ -98,6 +103,8 @@ class OfflineMBPO(OfflineSAC):
         for name, ok, value, allowed in (
             ("penalty", not isinstance(penalty, str) or penalty in PENALTIES, penalty, f"one of {sorted(PENALTIES)}"),
             ("penalty_weight", penalty_weight >= 0, penalty_weight, "at least 0"),
+            ("pessimism", pessimism >= 0, pessimism, "at least 0"),
+            ("halt_offset", halt_offset <= 0, halt_offset, "at most 0"),
             ("inconsistency", inconsistency >= 0, inconsistency, "at least 0"),
             ("inconsistency_draws", inconsistency_draws >= 1, inconsistency_draws, "at least 1"),
             ("horizon", horizon >= 1, horizon, "at least 1"),
@@ -111,6 +118,7 @@ class OfflineMBPO(OfflineSAC):
         self.model = model
         self._model_card: Json | None = None  # of a saved agent; empty if its model is no AbstractDynamics
         self.sampler, self.penalty, self.penalty_weight = sampler, penalty, penalty_weight
+        self.pessimism, self.halt_offset = pessimism, halt_offset
         self.inconsistency, self.inconsistency_draws, self.clip_target = inconsistency, inconsistency_draws, clip_target
         self.horizon, self.rollout_batch, self.rollout_every = horizon, rollout_batch, rollout_every
         self.retain, self.real_ratio = retain, real_ratio
@@ -160,7 +168,19 @@ class OfflineMBPO(OfflineSAC):
         assert self.model is not None
         assert self.task is not None
         penalty = PENALTIES[self.penalty] if isinstance(self.penalty, str) else self.penalty
-        return World(self.model, self.task, sampler=self.sampler, penalty=penalty, penalty_weight=self.penalty_weight)
+        halting: dict[str, Any] = {}
+        if self.pessimism:
+            threshold = discrepancy(self.model, self.rows) / self.pessimism
+            halting["trust"] = penalty_below(self.model, PENALTIES["max_pairwise_diff"], threshold)
+            halting["halt_reward"] = float(self.rows.reward.min()) + self.halt_offset
+        return World(
+            self.model,
+            self.task,
+            sampler=self.sampler,
+            penalty=penalty,
+            penalty_weight=self.penalty_weight,
+            **halting,
+        )
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         found = super()._setup_learn(*args, **kwargs)
@@ -242,6 +262,19 @@ class OfflineMBPO(OfflineSAC):
 
 
 @torch.no_grad()
+def discrepancy(model: Dynamics, data: Transitions, chunk: int = 50_000) -> float:
+    """Return the largest distance between two members' means at one logged step, ``max_D max_ij |μ_i - μ_j|``."""
+    largest = 0.0
+    for first in range(0, len(data), chunk):
+        rows = data[first : first + chunk]
+        prediction = model.predict(rows.obs, rows.action)
+        after = State(rows.next_obs, prediction.elites[0].expand(len(rows)))
+        distance = PENALTIES["max_pairwise_diff"](rows.obs, rows.action, prediction, after)
+        largest = max(largest, float(distance.max()))
+    return largest
+
+
+@torch.no_grad()
 def bellman_inconsistency(
     policy: OfflinePolicy, prediction: Prediction, rng: torch.Generator, draws: int
 ) -> Float[Tensor, " b"]:
@@ -288,6 +321,33 @@ class MOPO(OfflineMBPO):
         **common: Any,
     ) -> None:
         super().__init__(policy, data, penalty=penalty, penalty_weight=penalty_weight, **common)
+
+
+class MOReL(OfflineMBPO):
+    """End imagination where the members disagree, in a state that pays a price.
+
+    Source: Kidambi, Rajeswaran, Netrapalli, Joachims, "MOReL: Model-Based Offline Reinforcement Learning", 2020.
+    Deviations: the policy learns by SAC on branched rollouts, not by natural policy gradient on full episodes; members
+    are compared at one input; the halted step is terminated and pays once (the published code only truncates).
+
+    Args:
+        policy: see `OfflineAlgorithm`.
+        data: see `OfflineAlgorithm`.
+        pessimism: c; at most 1 halts nowhere on the log, 3 in the source's code for Hopper.
+        halt_offset: see `OfflineMBPO`; -30 to -200 in other published code.
+        **common: see `OfflineMBPO`.
+    """
+
+    def __init__(
+        self,
+        policy: str | type[OfflinePolicy] = "MlpPolicy",
+        data: Data | None = None,
+        *,
+        pessimism: float = 3.0,
+        halt_offset: float = -50.0,
+        **common: Any,
+    ) -> None:
+        super().__init__(policy, data, pessimism=pessimism, halt_offset=halt_offset, **common)
 
 
 class COMBO(OfflineMBPO):

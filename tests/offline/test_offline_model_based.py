@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from learneddyn.core import DataError, Prediction, Task, generator
+from learneddyn.core import DataError, Prediction, State, Task, generator
 from learneddyn.models import ProbabilisticEnsemble
-from learneddyn.offline import COMBO, MOBILE, MOPO, RAVL, OfflineMBPO
+from learneddyn.offline import COMBO, MOBILE, MOPO, RAVL, MOReL, OfflineMBPO
 from learneddyn.offline.model_based import bellman_inconsistency
 from learneddyn.offline.sac import conservative_values
 from learneddyn.tasks.endless import never
@@ -47,6 +47,7 @@ def test_weights_of_zero_are_one_method(log, model):
         for kind, extra in (
             (OfflineMBPO, {}),
             (MOPO, {"penalty_weight": 0.0}),
+            (MOReL, {"pessimism": 0.0}),
             (COMBO, {"conservatism": 0.0}),
             (MOBILE, {"inconsistency": 0.0}),
             (RAVL, {"n_critics": 2, "diversity": 0.0}),
@@ -119,6 +120,33 @@ def test_rollouts_stop_where_the_task_terminates(log, model):
     assert agent.imagined.unpack(agent.imagined.rows()).terminated.all()
 
 
+def test_pessimism_halts_where_members_disagree(log, model):
+    """Nowhere on the log with c = 1, everywhere on it with a large c, and a tiny c changes nothing at all."""
+    task = Task("Example-v0", terminated=never)
+    shared = {**SMALL, "model": model, "task": task, "entropy_backup": True}
+    halted = {}
+    for c in (1.0, 1e9):
+        agent = MOReL("MlpPolicy", log, pessimism=c, halt_offset=-7.0, **shared).learn(1)
+        _, step = agent.world.step(State(log.obs, model.elites[:1].expand(len(log))), log.action, generator(0))
+        halted[c] = float(step.terminated.float().mean())
+        assert step.trusted.all()
+        price = float(log.reward.min()) - 7
+        torch.testing.assert_close(step.reward[step.terminated], torch.full((int(step.terminated.sum()),), price))
+    assert halted == {1.0: 0.0, 1e9: 1.0}
+    far = State(log.obs + 20.0, model.elites[:1].expand(len(log)))
+    cautious = MOReL("MlpPolicy", log, pessimism=3.0, **shared).learn(1)
+    _, step = cautious.world.step(far, log.action, generator(0))
+    assert step.terminated.float().mean() > 0.8
+    trusting, plain = (
+        kind("MlpPolicy", log, **extra, **shared).learn(6)
+        for kind, extra in (
+            (MOReL, {"pessimism": 1e-9}),
+            (OfflineMBPO, {}),
+        )
+    )
+    assert torch.equal(weights(trusting), weights(plain))
+
+
 def test_batches_begin_with_logged_rows(log, model):
     agent = COMBO("MlpPolicy", log, model=model, real_ratio=0.25, **SMALL).learn(1)
     batch, logged = agent._batch(), agent._logged_rows()
@@ -176,6 +204,7 @@ def test_whether_rollouts_end_must_be_known(log):
     [
         ({"penalty": "variance"}, "penalty must be one of .* got 'variance'"),
         ({"penalty_weight": -1.0}, "penalty_weight must be at least 0"),
+        ({"halt_offset": 5.0}, "halt_offset must be at most 0, got 5"),
         ({"horizon": 0}, "horizon must be at least 1, got 0"),
         ({"real_ratio": 1.5}, r"real_ratio must be in \[0, 1\], got 1.5"),
         ({"sampler": "best"}, "unknown sampler 'best'"),
