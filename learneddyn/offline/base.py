@@ -16,6 +16,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from torch import Tensor
+from tqdm import tqdm
 
 from learneddyn import tasks
 from learneddyn.core import DataError, Task, Transitions, generator
@@ -135,6 +136,7 @@ class OfflineAlgorithm(BaseAlgorithm):
             support_multi_env=True,
             seed=seed,
         )
+        self.n_envs = 1 if self.env is None else self.n_envs  # what `set_env` compares with
         self.actor_learning_rate, self.batch_size, self.gamma, self.tau = actor_learning_rate, batch_size, gamma, tau
         self.reward_shift, self.reward_scale, self.normalize_obs = reward_shift, reward_scale, normalize_obs
         self.eval_freq, self.n_eval_episodes = eval_freq, n_eval_episodes
@@ -222,7 +224,7 @@ class OfflineAlgorithm(BaseAlgorithm):
             log_interval: updates between lines of the log; a line holds means over them.
             tb_log_name: of the TensorBoard run, by default the name of the method.
             reset_num_timesteps: count from zero (the weights stay).
-            progress_bar: show SB3's progress bar.
+            progress_bar: show a progress bar.
 
         Raises:
             DataError: the learner was loaded without data.
@@ -234,6 +236,8 @@ class OfflineAlgorithm(BaseAlgorithm):
             total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
         )
         calls.on_training_start(locals(), globals())
+        # SB3's own bar asks for an environment.
+        bar = tqdm(total=total - self.num_timesteps, unit="update", disable=not progress_bar)
         sums: dict[str, tuple[Tensor, int]] = {}
         while self.num_timesteps < total:
             self._set_rates()
@@ -242,6 +246,7 @@ class OfflineAlgorithm(BaseAlgorithm):
                 sums[name] = value + figure.detach(), count + 1
             self.num_timesteps += 1
             self._n_updates += 1
+            bar.update()
             if self.num_timesteps % log_interval == 0 or self.num_timesteps == total:
                 self._log({name: float(value) / count for name, (value, count) in sums.items()})
                 sums = {}
@@ -251,6 +256,7 @@ class OfflineAlgorithm(BaseAlgorithm):
                 self._evaluate()
             if not calls.on_step():
                 break
+        bar.close()
         calls.on_training_end()
         return self
 
@@ -270,7 +276,7 @@ class OfflineAlgorithm(BaseAlgorithm):
         self._num_timesteps_at_start = self.num_timesteps
         if not self._custom_logger:
             self._logger = utils.configure_logger(self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps)
-        return self._total_timesteps, self._init_callback(callback, progress_bar)
+        return self._total_timesteps, self._init_callback(callback)
 
     def _set_rates(self) -> None:
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)

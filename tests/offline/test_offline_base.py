@@ -123,6 +123,16 @@ def test_sb3_callbacks(log, tmp_path):
     assert np.isfinite(evaluation.last_mean_reward)
 
 
+def test_without_an_env_there_are_callbacks_and_a_bar_and_one_may_come_later(log, tmp_path, capsys):
+    agent = BC("MlpPolicy", log, seed=0, **SMALL)
+    agent.learn(4, callback=CheckpointCallback(2, str(tmp_path)), progress_bar=True)
+    assert len(list(tmp_path.glob("*.zip"))) == 2
+    assert "4/4" in capsys.readouterr().err
+    agent.set_env(Walk())
+    agent.learn(2)
+    assert np.isfinite(agent.final_return)
+
+
 def test_the_log_holds_means_and_a_nan_stops(log, monkeypatch):
     class Memory(KVWriter):
         lines: list[dict] = []  # noqa: RUF012
