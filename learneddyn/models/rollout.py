@@ -23,6 +23,7 @@ from torch.nn.functional import silu
 
 _BYTES = 1680  # of one hidden column of one member in a block: layers of the usual width then fit a core's cache
 _ALONE = 256  # rows of one member from which float32 products of its own are faster than those of all members at once
+_VIEWS = 64  # shapes of buffers to remember; a world has few, unless the shares of its members change
 _ROWS_PER_MEMBER = 10  # the calls of one more batched product cost about as much as this many rows
 
 
@@ -137,7 +138,8 @@ class Snapshot:
     def _answer(self, out: Float[Tensor, "*e b w"], std: Float[Tensor, "*e b q"] | None = None) -> Answer:
         """Return what raw float32 outputs mean, with standard deviations in the memory ``std`` if that is given."""
         q = self._targets
-        std = torch.sigmoid(out[..., q : 2 * q], out=std).mul_(self._range).add_(self._least).sqrt_()
+        std = torch.sigmoid(out[..., q : 2 * q], out=std)
+        torch.addcmul(self._least, self._range, std, out=std).sqrt_()
         return Answer(out[..., :q], std, out[..., -1] if self._width > 2 * q else None)
 
 
@@ -165,15 +167,23 @@ class _Buffers(threading.local):
 
     def __init__(self) -> None:
         self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
 
     def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """Return memory of this shape, of the type and on the device of ``like``."""
-        size, held = math.prod(shape), self._memory.get((name, like.dtype))
-        if held is None or len(held) < size:
+        key = name, like.dtype, shape
+        view = self._views.get(key)
+        if view is None:
+            size, held = math.prod(shape), self._memory.get(key[:2])
             # Memory made in inference mode could not be written outside of it.
             with torch.inference_mode(False):
-                held = self._memory[name, like.dtype] = torch.empty(size, dtype=like.dtype, device=like.device)
-        return held[:size].view(shape)
+                if held is None or len(held) < size:
+                    held = self._memory[key[:2]] = torch.empty(size, dtype=like.dtype, device=like.device)
+                    self._views.clear()
+                if len(self._views) == _VIEWS:
+                    self._views.clear()
+                view = self._views[key] = held[:size].view(shape)
+        return view
 
 
 class _OneRow:
