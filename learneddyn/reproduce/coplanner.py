@@ -14,14 +14,14 @@ from learneddyn.agents.coplanner import COPlanner, step_uncertainty, uncertainty
 from learneddyn.agents.dyna import Dyna
 from learneddyn.core import Json, Transitions, generator
 from learneddyn.evaluation.stats import bootstrap_difference, bootstrap_interval
-from learneddyn.reproduce.lipschitz import factor, light_model
+from learneddyn.reproduce.lipschitz import LAST, factor, light_model, settled
 from learneddyn.reproduce.mbpo import settings
 from learneddyn.runs.claims import Claim, Finding, panels
 from learneddyn.runs.online import learn_online
 from learneddyn.runs.seeds import Notify
 
 ENV = "Pendulum-v1"
-STEPS, JUDGE_EVERY, EPISODES = 2000, 250, 10
+STEPS, JUDGE_EVERY, EPISODES = 3000, 250, 10
 STARTS = 1000
 """Imagined rows whose uncertainty is measured after every fit."""
 MARGIN = 60.0
@@ -102,7 +102,7 @@ def findings(figures: dict[int, Json]) -> list[Finding]:
         return np.array([np.mean(entry[agent][name]) for entry in figures.values()])
 
     def last(agent: str) -> np.ndarray:
-        return np.array([entry[agent]["returns"][-1] for entry in figures.values()])
+        return np.array([settled(entry[agent], STEPS) for entry in figures.values()])
 
     less = factor(each("COPlanner", "mine"), each("COPlanner", "plain"))
     worse = bootstrap_difference(last("COPlanner"), last("MBPO"), paired=True)
@@ -115,13 +115,13 @@ def findings(figures: dict[int, Json]) -> list[Finding]:
             less.high < 1,
         ),
         Finding(
-            f"return at {STEPS} real steps, COPlanner less MBPO",
+            f"return over the last {LAST} real steps, COPlanner less MBPO",
             worse,
             f"interval above -{MARGIN:g}",
             worse.low > -MARGIN,
         ),
         *(
-            Finding(f"return at {STEPS} real steps, {name}", bootstrap_interval(last(name)), "", None)
+            Finding(f"return over the last {LAST} real steps, {name}", bootstrap_interval(last(name)), "", None)
             for name in AGENTS
         ),
         Finding("mean return while learning, COPlanner less MBPO", sooner, "above 0, says the paper", None),
@@ -168,4 +168,9 @@ CLAIM = Claim(
     measure=measure,
     findings=findings,
     draw=draw,
+    seeds=(0, 1, 2, 3, 4),
+    notes="The rates were set by a look at one other seed. A first version ended after 2,000 steps, before some seeds had learned, with 3 seeds and the return of the "
+    "last policy alone: COPlanner less MBPO was -48 [-218, 75], too wide to tell. The effect on uncertainty is small "
+    "because five draws of one policy from one state differ little in what the model knows about them: choosing by "
+    "uncertainty alone lowers it by no more than some per cent.",
 )

@@ -44,7 +44,13 @@ def test_a_seed_is_measured_and_drawn(experiment, monkeypatch, tmp_path) -> None
 
 def lipschitz_figures() -> dict:
     def run(last: float, slope: float) -> dict:
-        return {"steps": [250], "returns": [last], "cpu_seconds": 10.0, "lipschitz": slope, "slope": slope / 4}
+        return {
+            "steps": [lipschitz.STEPS],
+            "returns": [last],
+            "cpu_seconds": 10.0,
+            "lipschitz": slope,
+            "slope": slope / 4,
+        }
 
     entry = {variant: run(-150.0, 200.0 - 50 * index) for index, variant in enumerate(lipschitz.VARIANTS)}
     return {seed: copy.deepcopy(entry) for seed in range(3)}
@@ -76,7 +82,7 @@ def test_slopes_must_fall_with_every_weight() -> None:
 def coplanner_figures() -> dict:
     def run(last: float, mine: float) -> dict:
         return {
-            "steps": [250],
+            "steps": [coplanner.STEPS],
             "returns": [last],
             "cpu_seconds": 10.0,
             "fitted": [250],
