@@ -169,8 +169,8 @@ CLAIM = Claim(
     findings=findings,
     draw=draw,
     seeds=(0, 1, 2, 3, 4),
-    notes="The rates were set by a look at one other seed. A first version ended after 2,000 steps, before some seeds had learned, with 3 seeds and the return of the "
-    "last policy alone: COPlanner less MBPO was -48 [-218, 75], too wide to tell. The effect on uncertainty is small "
-    "because five draws of one policy from one state differ little in what the model knows about them: choosing by "
-    "uncertainty alone lowers it by no more than some per cent.",
+    notes="The rates were set by a look at one other seed. A first version ended after 2,000 steps, before some seeds "
+    "had learned, with 3 seeds and the return of the last policy alone: COPlanner less MBPO was -48 [-218, 75], too "
+    "wide to tell. The effect on uncertainty is small because five draws of one policy from one state differ little "
+    "in what the model knows about them: choosing by uncertainty alone lowers it by no more than some per cent.",
 )
