@@ -31,6 +31,8 @@ The same update inside a learned model, `OfflineMBPO` (model_based.py), is a pro
     `MOBILE`           none                elite        inconsistency           .05
     `RAVL`             none                elite        n_critics, diversity η  .05
 
+`RAMBO` (rambo.py) adds the last part, the model's trainer: an adversary of weight λ beside the fit to the log.
+
 With its own weight at 0 (RAVL: with two critics) each is MBPO, bit for bit, and the update of MBPO is SB3's SAC: tests
 hold both. A method of your own is another choice of parts: ``OfflineMBPO("MlpPolicy", data, penalty="ensemble_std",
 penalty_weight=2.0, n_critics=10, diversity=1.0)``; a new selector is a `learneddyn.world.Sampler`, a new penalty a
@@ -42,6 +44,7 @@ from learneddyn.offline.bc import BC
 from learneddyn.offline.iql import IQL
 from learneddyn.offline.model_based import COMBO, MOBILE, MOPO, RAVL, MOReL, OfflineMBPO
 from learneddyn.offline.policy import OfflinePolicy
+from learneddyn.offline.rambo import RAMBO
 from learneddyn.offline.sac import CQL, EDAC, SACN, OfflineSAC
 from learneddyn.offline.td3 import TD3BC, OfflineTD3, ReBRAC
 
@@ -53,6 +56,7 @@ __all__ = [
     "IQL",
     "MOBILE",
     "MOPO",
+    "RAMBO",
     "RAVL",
     "SACN",
     "TD3BC",
