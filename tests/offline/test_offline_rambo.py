@@ -101,7 +101,7 @@ def test_the_policy_starts_as_a_clone(log, model):
         agent.policy.actor.optimizer.param_groups[0]["lr"] = 1e-2
         if agent.cloning_updates:
             agent._clone()
-        errors.append(float((agent.policy.actor.mode(log.obs) - log.action).square().mean()))
+        errors.append((agent.policy.actor.mode(log.obs) - log.action).square().mean())
     assert errors[0] < errors[1]
 
 
