@@ -38,7 +38,7 @@ def rows(obs_dim: int, count: int = 512, seed: int = 0) -> tuple[torch.Tensor, t
     return torch.randn(count, obs_dim, generator=rng), 2 * torch.rand(count, 2, generator=rng) - 1
 
 
-def trained(regulariser, updates: int = 250) -> FastSAC:
+def trained(regulariser, updates: int = 120) -> FastSAC:
     model = make(
         FastSAC,
         env=Bowl(),
