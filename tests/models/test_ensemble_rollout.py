@@ -244,3 +244,31 @@ def test_grouping_beats_asking_all_members_and_gathering_fourfold():
                 times[name].append(time.process_time() - started)
     torch.set_num_threads(threads)
     assert np.median(times["naive"]) > 4 * np.median(times["grouped"])
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 300])
+@pytest.mark.parametrize("noise", [True, False])
+def test_one_pass_samples_and_predicts(lanes, noise):
+    model = fitted(**HEADS, angles=(1,))
+    obs, action = rows(lanes)
+    member = torch.arange(lanes) % 3
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            drawn, said = model.sample_and_predict(obs, action, member, generator(1), noise=noise)
+            assert_same(drawn, model.sample(obs, action, member, generator(1), noise=noise), atol=2e-6, rtol=2e-5)
+            assert_same(said, model.predict(obs, action), atol=2e-6, rtol=2e-5)
+
+
+def test_a_row_is_sampled_as_a_batch_of_one():
+    model = fitted(**HEADS, angles=(1,))
+    obs, action = rows(1)
+    one, other = generator(1), generator(1)
+    for member in (0, 2, 1):
+        with torch.no_grad():
+            batch = model.sample(obs, action, torch.tensor([member]), one)
+        next_obs, reward, terminated = model.sample_row(obs.numpy()[0], action.numpy()[0], member, other)
+        assert np.array_equal(next_obs, batch.next_obs[0].numpy())
+        assert (reward, terminated) == (batch.reward.item(), batch.terminated.item())
+    assert torch.equal(one.get_state(), other.get_state())
+    with pytest.raises(ValueError, match="has not been fitted"):
+        ProbabilisticEnsemble().sample_row(obs.numpy()[0], action.numpy()[0], 0, one)
