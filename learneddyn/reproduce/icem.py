@@ -131,17 +131,19 @@ def findings(figures: dict[int, Json]) -> list[Finding]:
         return [seed[f"{name}, H{horizon}"][start] for seed in figures.values()]
 
     few = of("iCEM, 100")
-    found = [_least("iCEM with 100 sequences, H15, from hanging: return", bootstrap_interval(few), -450)]
+    found = [_least("iCEM with 100 sequences, H15, from hanging: return", bootstrap_interval(few), -450.0)]
     for rival in ("CEM, 100, executes mean", "CEM, 2000, executes mean"):
         ahead = bootstrap_difference(few, of(rival), paired=True)
-        found.append(_least(f"iCEM with 100 sequences minus {rival}, H15, from hanging", ahead, 200))
+        found.append(_least(f"iCEM with 100 sequences minus {rival}, H15, from hanging", ahead, 200.0))
     for name in ("iCEM, 100", "CEM, 2000, executes mean"):
         far = bootstrap_interval(of(name, horizon=30))
-        found.append(_least(f"{name}, H30, from hanging: return", far, -450))
+        found.append(_least(f"{name}, H30, from hanging: return", far, -450.0))
     for name in PLANNERS:
         if name != "iCEM, 100":
             told = bootstrap_interval(of(name))
             found.append(Finding(f"{name}, H15, from hanging: return", told, "reported", None))
+    told = bootstrap_difference(of("iCEM, 100", "random"), of("CEM, 100, executes mean", "random"), paired=True)
+    found.append(Finding("iCEM minus CEM (mean), 100 sequences, H15, from random starts", told, "reported", None))
     return found
 
 
@@ -161,7 +163,7 @@ def draw(figures: dict[int, Json]) -> Figure:
         ax.set_yticks([-i for i in range(len(PLANNERS))], list(PLANNERS) if start == "hanging" else [])
         ax.grid(axis="x", alpha=0.3)
     axes[0].axvline(-450, color="grey", linestyle=":", linewidth=1)
-    axes[1].legend(fontsize=8, frameon=False, loc="upper left")
+    axes[1].legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 0.22), numpoints=1)
     return figure
 
 
@@ -182,4 +184,8 @@ CLAIM = Claim(
     findings=findings,
     draw=draw,
     seeds=(0, 1, 2, 3, 4),
+    notes="Executing the best plan instead of the mean changes little for CEM here: what swings the pendulum up in 15 "
+    "steps is noise that is correlated in time, and the smoothed MPPI, which has it too, does as well as iCEM. From "
+    "random starts the planners lie closer together, and one seed of five has starts where iCEM is the worse one. At "
+    "30 steps all but random shooting succeed, the gradient planner too, which only finds the nearest optimum.",
 )
