@@ -63,7 +63,8 @@ class Snapshot:
 
     Args:
         parts: the ensemble's tensors.
-        half: let `grouped` compute its layers in bfloat16; inputs are standardised and answers formed in float32.
+        half: let `grouped`, and `every` where it is asked, compute layers in bfloat16; inputs are standardised and
+            answers formed in float32.
     """
 
     def __init__(self, parts: Parts, half: bool = False) -> None:

@@ -52,7 +52,7 @@ def steps_rows(world: World) -> bool:
 
 
 def step_row(world: World, row: Row, action: Float32[np.ndarray, " a"], rng: torch.Generator) -> tuple[Row, RowStep]:
-    """Advance a single lane by one step of the model; see `World.step`.
+    """Advance a single lane by one step of the model, without gradients; see `World.step`.
 
     Raises:
         ValueError: neither the task nor the model answers reward or termination.
@@ -73,7 +73,8 @@ def step_row(world: World, row: Row, action: Float32[np.ndarray, " a"], rng: tor
         raise unanswered(task, "termination")
     trusted = finite
     if world.trust is not all_trusted:
-        trusted = finite and bool(world.trust(row.state(), _batch(action), after.state()).item())
+        with torch.no_grad():  # some ask the model, which is faster where nobody asks for gradients
+            trusted = finite and bool(world.trust(row.state(), _batch(action), after.state()).item())
     if world.halt_reward is not None and not trusted:
         return after, RowStep(world.halt_reward, True, True)
     return after, RowStep(reward if finite else 0.0, bool(terminated and finite), trusted)
