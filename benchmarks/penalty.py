@@ -1,6 +1,6 @@
 """A world step that asks every member, for a penalty, beside the same step written as offline libraries write it.
 
-    python benchmarks/penalty.py [--threads 1] [--seconds 0.3] [--rounds 7] [--largest 50000]
+    python benchmarks/penalty.py [--threads 1] [--seconds 0.2] [--rounds 5] [--largest 4096]
 
 Sizes are those of `rollout.py`. The penalty is MOPO's, the largest norm of a member's predicted noise. The reference
 does what the step of OfflineRL-Kit's ensemble does: NumPy arrays in and out, the scaler in NumPy, a product and an

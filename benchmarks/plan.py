@@ -1,6 +1,6 @@
 """How long one plan takes: CEM beside mbrl-lib's at one budget, and iCEM at one that fits a control loop.
 
-    python benchmarks/plan.py [--threads 1] [--seconds 0.2] [--rounds 7] [--iterations 1]
+    python benchmarks/plan.py [--threads 1] [--seconds 0.2] [--rounds 5] [--iterations 1]
 
 Sizes are those of HalfCheetah, as in `rollout.py`; a row is an imagined transition, and the operations counted are
 those of one network. Both CEMs draw 400 plans of 30 steps per iteration, score each with 20 particles that draw a new
