@@ -24,10 +24,10 @@ class MPC:
     state back, with ``episode_start``, and every search starts from the last one; without a state every call plans
     afresh. SB3's ``evaluate_policy`` and `learneddyn.evaluation.evaluate` do the former.
 
-    With ``deterministic=True`` the numbers drawn follow from ``seed`` and the steps that ``state`` counts, so that the
-    same observations and state give the same actions; otherwise every call draws new ones. Worlds that draw random
-    numbers draw them for all lanes together; with a deterministic one (the truth, or ``sampler="mean"``) a lane's
-    actions do not depend on the others, as long as they stand at the same step of their episodes.
+    With ``deterministic=True`` the numbers drawn follow from ``seed`` and the most steps that a lane of ``state``
+    counts, so that the same observations and state give the same actions; otherwise every call draws new ones. Worlds
+    that draw random numbers draw them for all lanes together; with a deterministic one (the truth, or
+    ``sampler="mean"``) a lane's actions do not depend on the others, as long as none is further in its episode.
 
     Each step costs about `evaluations` model evaluations per lane; fewer where ``budget_ms`` ends the search.
 
@@ -105,7 +105,7 @@ class MPC:
         batch: Any = observation if many else _one(observation)
         obs = torch.as_tensor(encode(space, batch), device=self.device)
         before = self._resumed(len(obs), state, episode_start)
-        history = (0, *np.unique(before.step.cpu())) if deterministic else (1, next(self._calls))
+        history = (0, int(before.step.max())) if deterministic else (1, next(self._calls))
         seeds = np.random.SeedSequence((self.seed, *history)).generate_state(2)
         # Apart, because a world draws more numbers for more lanes and would set the planner's draws off.
         planning, imagining = (generator(int(seed), self.device) for seed in seeds)

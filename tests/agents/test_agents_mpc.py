@@ -103,8 +103,12 @@ def test_one_seed_one_answer_and_otherwise_new_numbers():
 
 def test_sb3_and_our_judge_play_the_real_pendulum_with_it(pendulum):
     policy = MPC(pendulum, ICEM(6, 20, elites=5, iterations=2))
-    ours = evaluate(policy, "Pendulum-v1", episodes=3, lanes=2, env_kwargs={"max_episode_steps": 8})
+    ours, alone = (
+        evaluate(policy, "Pendulum-v1", episodes=3, lanes=lanes, env_kwargs={"max_episode_steps": 8})
+        for lanes in (2, 1)
+    )
     assert ours.lengths.tolist() == [8, 8, 8]
+    np.testing.assert_allclose(alone.returns, ours.returns, rtol=1e-4)
     env = make_vec_env("Pendulum-v1", 2, seed=0, env_kwargs={"max_episode_steps": 8})
     returns, lengths = evaluate_policy(policy, env, n_eval_episodes=2, return_episode_rewards=True)
     assert lengths == [8, 8]
