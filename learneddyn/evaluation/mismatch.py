@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import silu
 
 from learneddyn.core import Dynamics, Json, Transitions
 from learneddyn.evaluation.calibration import normal_nll
@@ -144,16 +145,17 @@ def adversarial_model(
     delta: float = 0.1,
     generations: int = 10,
     population: int = 10,
-    step: float = 0.1,
+    step: float = 0.7,
     penalty: float = 1000.0,
     seed: int = 0,
 ) -> Adversary:
     """Search, near a good model, for one by which a controller fails and which the data hardly tell apart.
 
-    CMA-ES over the weights and biases of the last layer's means, in units of each tensor's root mean square, minimises
-    ``return + penalty * max(0, original likelihood - delta - likelihood)``. Deviation from the source: a model outside
-    the bound is not played, it counts as the original return plus its penalty; and the strategy's covariance is
-    diagonal (hundreds of weights, few generations).
+    CMA-ES over the weights and biases of the last layer's means minimises ``return + penalty * max(0, original
+    likelihood - delta - likelihood)``. Deviations from the source: coordinates are those in which the likelihood on
+    ``data`` is round, so that steps are long where the data do not look; a model outside the bound is not played, it
+    counts as the original return plus its penalty; and the strategy's covariance is diagonal (hundreds of weights, few
+    generations).
 
     Args:
         model: a fitted model; it is not changed.
@@ -162,7 +164,7 @@ def adversarial_model(
         delta: log-likelihood, in nats a row, that may be lost.
         generations: of the strategy.
         population: models per generation.
-        step: first standard deviation of the search.
+        step: first standard deviation of the search; at 1, candidates lose about ``delta`` on average.
         penalty: return per nat below the bound.
         seed: of the strategy.
 
@@ -186,15 +188,15 @@ def adversarial_model(
     except ImportError as error:
         raise ImportError("adversarial_model needs the package cma: pip install learneddyn[reproduce]") from error
     original, first = log_likelihood(model, data), judge(model)
-    scales = _last_layer(model)
+    axes = _round_axes(model, data, delta)
     settings = {"popsize": population, "seed": seed + 1, "verbose": -9, "CMA_diagonal": True}
-    strategy = cma.CMAEvolutionStrategy(np.zeros(sum(scale.numel() for scale in scales)), step, settings)
+    strategy = cma.CMAEvolutionStrategy(np.zeros(axes.shape[:3].numel()), step, settings)
     worst, likely, lowest, played = model, original, first, 1
     history: list[float] = []
     for _ in range(generations):
         asked, costs = strategy.ask(), []
         for point in asked:
-            moved = _moved(model, scales, point)
+            moved = _moved(model, axes, point)
             likelihood = log_likelihood(moved, data)
             short = original - delta - likelihood
             if not short <= 0:
@@ -211,19 +213,34 @@ def adversarial_model(
     return Adversary(worst, likely, original, lowest, first, played, history)
 
 
-def _last_layer(model: ProbabilisticEnsemble) -> list[Tensor]:
-    """Return the root mean squares of the last layer's weights and biases of means, in their shapes."""
-    columns = len(model.max_logvar)
-    means = [tensor.detach()[..., :columns] for tensor in (model.weights[-1], model.biases[-1])]
-    return [part.square().mean().sqrt().clamp_min(1e-3).expand_as(part) for part in means]
+@torch.no_grad()
+def _round_axes(model: ProbabilisticEnsemble, data: Transitions, delta: float) -> Float[Tensor, "e q k k"]:
+    """Return, per member and target, k steps of the last layer (rows: weights, then the bias).
+
+    The likelihood's second derivative by these weights is the mean of features x features / variance. Its eigenvectors
+    are scaled so that standard normal coordinates lose ``delta`` on average; none is longer than the weights are.
+    """
+    features = model._standardised(data.obs, data.action).expand(model.num_members, -1, -1)
+    for weight, bias in zip(model.weights[:-1], model.biases[:-1], strict=True):
+        features = silu(torch.baddbmm(bias, features, weight))
+    features = torch.cat([features, torch.ones_like(features[..., :1])], dim=2).double()
+    heads = model._networks(model._standardised(data.obs, data.action).expand(model.num_members, -1, -1))
+    precision = (-heads.logvar).exp().double() * model.learned
+    curvature = torch.einsum("enk,enl,enq->eqkl", features, features, precision) / len(data)
+    values, vectors = torch.linalg.eigh(curvature)
+    count = values.numel()
+    length = (2 * max(delta, 1e-6) / count / values.clamp_min(1e-12)).sqrt()
+    longest = model.weights[-1][..., : len(model.max_logvar)].norm(dim=1).double()[..., None]
+    return (vectors * length.minimum(longest)[..., None, :]).mT.float()
 
 
-def _moved(model: ProbabilisticEnsemble, scales: list[Tensor], point: np.ndarray) -> ProbabilisticEnsemble:
-    """Return a copy whose last layer's means are moved by ``point``, in units of ``scales``."""
+def _moved(model: ProbabilisticEnsemble, axes: Float[Tensor, "e q k k"], point: np.ndarray) -> ProbabilisticEnsemble:
+    """Return a copy whose last layer's means are moved by the coordinates ``point`` along ``axes``."""
     moved = copy.deepcopy(model)
-    steps = torch.as_tensor(point, dtype=torch.float32, device=moved.max_logvar.device)
-    flat = steps.split([scale.numel() for scale in scales])
+    coordinates = torch.as_tensor(point, dtype=torch.float32, device=axes.device).view(axes.shape[:3])
+    change = torch.einsum("eqk,eqkl->elq", coordinates, axes)
+    columns = axes.shape[1]
     with torch.no_grad():
-        for tensor, scale, part in zip((moved.weights[-1], moved.biases[-1]), scales, flat, strict=True):
-            tensor[..., : scale.shape[-1]] += part.view(scale.shape) * scale
+        moved.weights[-1][..., :columns] += change[:, :-1]
+        moved.biases[-1][..., :columns] += change[:, -1:]
     return moved

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from learneddyn.core import generator
-from learneddyn.evaluation.mismatch import adversarial_model, correlated, likelihood_study, log_likelihood
+from learneddyn.evaluation.mismatch import (
+    _moved,
+    _round_axes,
+    adversarial_model,
+    correlated,
+    likelihood_study,
+    log_likelihood,
+)
 from learneddyn.models import ProbabilisticEnsemble
 from learneddyn.testing import example_transitions
 
@@ -74,7 +81,7 @@ def bias(model):
 
 def test_the_adversary_stays_likely_and_earns_less(model):
     before = [parameter.clone() for parameter in model.parameters()]
-    found = adversarial_model(model, DATA, bias, delta=0.5, generations=4, population=6, step=0.05)
+    found = adversarial_model(model, DATA, bias, delta=0.5, generations=4, population=6)
     assert found.returned < found.original_return == pytest.approx(bias(model))
     assert found.returned == pytest.approx(bias(found.model))
     assert found.likelihood == pytest.approx(log_likelihood(found.model, DATA))
@@ -84,12 +91,21 @@ def test_the_adversary_stays_likely_and_earns_less(model):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     changed = [not torch.equal(a, b) for a, b in zip(before, found.model.parameters(), strict=True)]
     assert sum(changed) == 2
-    again = adversarial_model(model, DATA, bias, delta=0.5, generations=4, population=6, step=0.05)
+    again = adversarial_model(model, DATA, bias, delta=0.5, generations=4, population=6)
     assert again.to_json() == found.to_json()
 
 
+def test_candidates_lose_about_delta_on_average(model):
+    losses, delta = [], 0.02
+    axes, rng = _round_axes(model, DATA, delta), np.random.default_rng(0)
+    for _ in range(40):
+        point = rng.normal(size=axes.shape[:3].numel())
+        losses.append(log_likelihood(model, DATA) - log_likelihood(_moved(model, axes, point), DATA))
+    assert 0.2 * delta < np.mean(losses) < 2 * delta
+
+
 def test_models_outside_the_bound_are_not_played(model):
-    found = adversarial_model(model, DATA, bias, delta=0.0, generations=2, population=4, step=50.0)
+    found = adversarial_model(model, DATA, bias, delta=0.0, generations=2, population=4, step=1e4)
     assert found.played == 1
     assert found.returned == found.original_return
     assert found.model is not model
