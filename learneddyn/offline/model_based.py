@@ -35,7 +35,7 @@ from learneddyn.agents.dyna import default_dynamics
 from learneddyn.core import DataError, Dynamics, Json, Penalty, Prediction, State, Task, Transitions
 from learneddyn.data.replay import Batch, MixedReplay, Replay
 from learneddyn.models import AbstractDynamics
-from learneddyn.offline.base import Cosine
+from learneddyn.offline.base import Cosine, Diverged
 from learneddyn.offline.dataset import Data, bounds
 from learneddyn.offline.policy import OfflinePolicy, SquashedActor
 from learneddyn.offline.sac import DIVERSE_NETS, WIDE, OfflineSAC
@@ -72,8 +72,9 @@ class OfflineMBPO(OfflineSAC):
         **common: see `OfflineSAC`. Without a ``task`` reward and termination are learned from the log's flags.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an argument outside its range, or a model fitted on other spaces or with too few elites.
         DataError: neither a task nor a terminal flag says whether imagined rollouts end.
+        Diverged: the model's steps are not finite, or a loss (see `OfflineAlgorithm.learn`).
     """
 
     def __init__(
@@ -193,8 +194,16 @@ class OfflineMBPO(OfflineSAC):
                 report = self.model.fit(self.rows, rng=self._rng)
                 for name, value in report.metrics.items():
                     self.logger.record(f"model/{name}", value)
+            self._check_model(self.model)
             self.world = self.make_world()
         return found
+
+    def _check_model(self, model: Dynamics) -> None:
+        """Refuse a fitted model that does not go with the data or the critic rule."""
+        if model.spaces != self.rows.spaces:
+            raise ValueError(f"the model was fitted on {model.spaces}, the data has {self.rows.spaces}")
+        if self.inconsistency and len(model.elites) < 2:
+            raise ValueError(f"inconsistency compares elites and needs at least 2, the model has {len(model.elites)}")
 
     @torch.no_grad()
     def imagine(self) -> Transitions:
@@ -209,6 +218,8 @@ class OfflineMBPO(OfflineSAC):
             return self._unscaled(self.policy.actor.sample(obs, self._rng))
 
         rows = self.world.rollout(self.rows.obs[first], act, self.horizon, self._rng)
+        if not len(rows):
+            raise Diverged(f"none of {self.rollout_batch} imagined first steps is finite: the model has diverged")
         self.imagined.add(self._prepared(rows))
         for name, value in imagination_figures(self.world, rows).items():
             self.logger.record(name, value)

@@ -1,15 +1,17 @@
 import copy
 from dataclasses import replace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
-from learneddyn.core import DataError, Prediction, State, Task, generator
+from learneddyn.core import DataError, Outcome, Prediction, State, Task, generator
 from learneddyn.models import ProbabilisticEnsemble
-from learneddyn.offline import COMBO, MOBILE, MOPO, RAVL, MOReL, OfflineMBPO
+from learneddyn.offline import COMBO, MOBILE, MOPO, RAVL, Diverged, MOReL, OfflineMBPO
 from learneddyn.offline.model_based import bellman_inconsistency
 from learneddyn.offline.sac import conservative_values
+from learneddyn.spaces import Spaces
 from learneddyn.tasks.endless import never
 from learneddyn.testing import check_policy
 
@@ -31,6 +33,22 @@ def model(log):
     )
     ensemble.fit(log, rng=generator(0))
     return ensemble
+
+
+class Still:
+    """A plant that stands still."""
+
+    num_members = 1
+    elites = torch.zeros(1, dtype=torch.long)
+
+    def __init__(self, spaces) -> None:
+        self.spaces = spaces
+
+    def predict(self, obs, action, memory=None):
+        return Prediction(obs[None], torch.zeros_like(obs)[None], self.elites)
+
+    def sample(self, obs, action, member, rng, memory=None, *, noise=True):
+        return Outcome(obs)
 
 
 def weights(agent) -> torch.Tensor:
@@ -190,6 +208,35 @@ def test_targets_can_be_kept_above_zero(log, model):
     assert agent._target(batch, torch.full((40,), -50.0)).min() == 0
     agent.clip_target = False
     assert (agent._target(batch, torch.full((40,), -50.0)) < 0).any()
+
+
+def test_models_that_do_not_go_with_the_data_or_the_rule(log, model):
+    box = gym.spaces.Box(-2.0, 2.0, (2,), np.float32)
+    other = replace(log, spaces=Spaces(log.spaces.observation, box))
+    with pytest.raises(ValueError, match=r"the model was fitted on .* the data has"):
+        MOPO("MlpPolicy", other, model=model, **SMALL).learn(1)
+    single = copy.deepcopy(model)
+    single._elites = single._elites[:1]
+    with pytest.raises(ValueError, match="inconsistency compares elites and needs at least 2, the model has 1"):
+        MOBILE("MlpPolicy", log, model=single, **SMALL).learn(1)
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.biases[0].fill_(torch.nan)
+    with pytest.raises(Diverged, match="none of 60 imagined first steps is finite"):
+        MOPO("MlpPolicy", log, model=broken, **SMALL).learn(1)
+
+
+def test_the_truth_imagines_too(log, tmp_path):
+    """A model that is no AbstractDynamics is not saved, and is asked for when learning goes on."""
+    still = Still(log.spaces)
+    task = Task("Example-v0", reward=lambda obs, action, after: action[:, 0], terminated=never)
+    agent = MOBILE("MlpPolicy", log, model=still, task=task, inconsistency=0.0, **SMALL).learn(2)
+    pool = agent.imagined.unpack(agent.imagined.rows())
+    assert torch.equal(pool.obs, pool.next_obs)
+    agent.save(tmp_path / "agent")
+    with pytest.raises(ValueError, match="saved without its model"):
+        MOBILE.load(tmp_path / "agent", data=log, task=task, device="cpu").learn(1)
+    MOBILE.load(tmp_path / "agent", data=log, task=task, model=still, device="cpu").learn(1)
 
 
 def test_whether_rollouts_end_must_be_known(log):
