@@ -71,6 +71,8 @@ def test_goals(case, against, wanted, found):
     contest, run = module("contest"), module("run")
     rows = [*rows_of(contest), contest.missing("T", "absent", ImportError("no"))]
     assert run.Goal("T", case, "ours", against, wanted).judge(rows) == found
+    floor = run.Goal("T", "8 lanes", "peer", "everyone's peer", 1, "ours").judge(rows)
+    assert floor == ("2.00 x (ours alone: 4.00 x)", True)
     memory = contest.Row("M", "peak", "all", amount=1.5)
     assert run.Goal("M", "all", "peak", "amount", 2).judge([memory]) == ("1.50 GiB", True)
     assert run.Goal("M", "all", "peak", "amount", 1).judge([memory]) == ("1.50 GiB", False)
