@@ -252,7 +252,7 @@ class _Layout(NamedTuple):
     """The place where each sorted row is answered."""
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=16)  # which members have the odd rows changes from draw to draw
 def _layout(counts: tuple[int, ...], most: int, alone: int, device: torch.device) -> _Layout:
     """Cut rows that are sorted by member, ``counts`` of each, into blocks of at most ``most`` rows per member.
 
