@@ -4,6 +4,7 @@ from learneddyn.agents.buffer import DeviceReplayBuffer
 from learneddyn.agents.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from learneddyn.agents.coplanner import UPMPC, COPlanner
 from learneddyn.agents.dyna import Dyna
+from learneddyn.agents.iwocs import IWOCS, RobustPolicy
 from learneddyn.agents.lipschitz import AdversarialNoise, CriticRegulariser, GradientPenalty, SpectralCap
 from learneddyn.agents.mbpo import MBPO, DynaCrossQ, DynaTD3, DynaTQC
 from learneddyn.agents.mpc import MPC
@@ -11,6 +12,7 @@ from learneddyn.agents.pets import PETS
 from learneddyn.agents.sac import FastSAC
 
 __all__ = [
+    "IWOCS",
     "MBPO",
     "MPC",
     "PETS",
@@ -26,6 +28,7 @@ __all__ = [
     "DynaTQC",
     "FastSAC",
     "GradientPenalty",
+    "RobustPolicy",
     "SpectralCap",
     "load_checkpoint",
     "save_checkpoint",

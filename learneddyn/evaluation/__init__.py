@@ -11,6 +11,13 @@ from learneddyn.evaluation.fidelity import (
     open_loop,
     step_accuracy,
 )
+from learneddyn.evaluation.mismatch import (
+    Adversary,
+    LikelihoodStudy,
+    adversarial_model,
+    likelihood_study,
+    log_likelihood,
+)
 from learneddyn.evaluation.render import side_by_side
 from learneddyn.evaluation.report import Headline, Round, Verdict, judge, write_report
 from learneddyn.evaluation.returns import (
@@ -35,6 +42,7 @@ from learneddyn.evaluation.stats import (
 )
 
 __all__ = [
+    "Adversary",
     "Calibration",
     "Confusion",
     "Estimate",
@@ -42,11 +50,13 @@ __all__ = [
     "Gap",
     "Headline",
     "Imagined",
+    "LikelihoodStudy",
     "Mismatch",
     "Returns",
     "Round",
     "StepAccuracy",
     "Verdict",
+    "adversarial_model",
     "bootstrap_difference",
     "bootstrap_interval",
     "cloud_calibration",
@@ -57,6 +67,8 @@ __all__ = [
     "imagined",
     "interquartile_mean",
     "judge",
+    "likelihood_study",
+    "log_likelihood",
     "longest_window",
     "objective_mismatch",
     "one_step_calibration",

@@ -6,6 +6,7 @@ from learneddyn.models.hybrid import Hybrid
 from learneddyn.models.koopman import Koopman
 from learneddyn.models.plrnn import PLRNN
 from learneddyn.models.sindy import SINDy
+from learneddyn.models.weighting import distance_weights, value_weights
 
 __all__ = [
     "PLRNN",
@@ -16,4 +17,6 @@ __all__ = [
     "ModelFileError",
     "ProbabilisticEnsemble",
     "SINDy",
+    "distance_weights",
+    "value_weights",
 ]
