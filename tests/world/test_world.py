@@ -434,3 +434,18 @@ def test_bad_horizons_plans_and_particles():
 def test_initial_comes_from_the_task():
     world = World(Shifts([[1.0]]), task(initial=lambda lanes, rng: torch.rand(lanes, 1, generator=rng)))
     assert torch.equal(world.initial(5, generator(2)), torch.rand(5, 1, generator=generator(2)))
+
+
+def test_a_policy_is_asked_in_portions_on_the_cpu():
+    asked = []
+
+    def policy(obs):
+        asked.append(len(obs))
+        return obs / 2
+
+    world = World(Shifts([[0.0]], gain=1.0), task())
+    starts = torch.arange(5000.0)[:, None]
+    data = world.rollout(starts, policy, 2, generator(0))
+    assert asked == [2048, 2048, 904] * 2
+    assert torch.equal(data.action[0::2], starts / 2)
+    assert torch.equal(data.action[1::2], starts * 0.75)
