@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 _BYTES = 1680  # of one hidden column of one member in a block: layers of the usual width then fit a core's cache
-_ALONE = 256  # rows of one member from which float32 products of its own are faster than those of all members at once
+# Rows of one member from which float32 products of its own are faster than those of all members at once. In bfloat16
+# every product first reorders its weights, so that fewer products pay.
+_ALONE = 256
 _VIEWS = 64  # shapes of buffers to remember; a world has few, unless the shares of its members change
 _ROWS_PER_MEMBER = 10  # the calls of one more batched product cost about as much as this many rows
 
@@ -94,7 +96,6 @@ class Snapshot:
         """Ask one member per row. Waits for the device once, for the size of the groups."""
         order = member.argsort()
         counts = tuple(torch.bincount(member, minlength=self._full.members).tolist())
-        # In bfloat16 every product first reorders its weights, so that fewer products pay.
         alone = _ALONE if self._fast is self._full else len(x) + 1
         layout = _layout(counts, _BYTES // self._fast.itemsize, alone, x.device)
         rows = self._standardised(x.index_select(0, order[layout.window]), self._fast)
@@ -111,14 +112,17 @@ class Snapshot:
         rows, size = self._standardised(x.clone(), networks), _BYTES // networks.itemsize
         mean, std = (x.new_empty(networks.members, len(x), self._targets) for _ in range(2))
         ended = x.new_empty(mean.shape[:2]) if self._width > 2 * self._targets else None
-        for start in range(0, len(x), size):
-            part = slice(start, start + size)
-            h = rows[part].expand(networks.members, -1, -1)
-            out = self._through(networks, h, self._buffers.take("out", h, *h.shape[:-1], self._width))
-            answer = self._answer(out.float(), std[:, part])
-            mean[:, part] = answer.mean
-            if ended is not None and answer.ended is not None:
-                ended[:, part] = answer.ended
+        everyone, alone = range(networks.members), networks is self._full and len(x) >= _ALONE
+        for members in [(member,) for member in everyone] if alone else [tuple(everyone)]:
+            layers, chosen = networks.of(members), members[0] if alone else slice(None)
+            for start in range(0, len(x), size):
+                part = slice(start, start + size)
+                h = rows[part] if alone else rows[part].expand(networks.members, -1, -1)
+                out = self._through(layers, h, self._buffers.take("out", h, *h.shape[:-1], self._width))
+                answer = self._answer(out.float(), std[chosen, part])
+                mean[chosen, part] = answer.mean
+                if ended is not None and answer.ended is not None:
+                    ended[chosen, part] = answer.ended
         return Answer(mean, std, ended)
 
     def _standardised(self, x: Float[Tensor, "b i"], networks: "_Layers") -> Float[Tensor, "b i"]:
