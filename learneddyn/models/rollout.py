@@ -112,7 +112,8 @@ class Snapshot:
         rows, size = self._standardised(x.clone(), networks), _BYTES // networks.itemsize
         mean, std = (x.new_empty(networks.members, len(x), self._targets) for _ in range(2))
         ended = x.new_empty(mean.shape[:2]) if self._width > 2 * self._targets else None
-        everyone, alone = range(networks.members), networks is self._full and len(x) >= _ALONE
+        everyone = range(networks.members)
+        alone = len(everyone) == 1 or (networks is self._full and len(x) >= _ALONE)
         for members in [(member,) for member in everyone] if alone else [tuple(everyone)]:
             layers, chosen = networks.of(members), members[0] if alone else slice(None)
             for start in range(0, len(x), size):

@@ -272,3 +272,13 @@ def test_a_row_is_sampled_as_a_batch_of_one():
     assert torch.equal(one.get_state(), other.get_state())
     with pytest.raises(ValueError, match="has not been fitted"):
         ProbabilisticEnsemble().sample_row(obs.numpy()[0], action.numpy()[0], 0, one)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 240])
+def test_an_ensemble_of_one_answers_any_number_of_rows(rows):
+    data = example_transitions()[:rows]
+    model = ProbabilisticEnsemble(1, 1, (8,), max_epochs=1)
+    model.fit(example_transitions(), rng=generator(0))
+    expected = model.predict(data.obs, data.action).mean.detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model.predict(data.obs, data.action).mean, expected, atol=1e-6, rtol=1e-5)
