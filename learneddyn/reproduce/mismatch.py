@@ -28,7 +28,7 @@ EPISODE = {"max_episode_steps": 100}
 SETS = ("grid", "on-policy", "expert")
 LENGTHS = (2.0, 1.0)
 """Of the weights; the first one is judged."""
-WEIGHTED: dict[str, Any] = {"num_members": 5, "num_elites": 5, "hidden": (8,), "max_epochs": 800, "batch_size": 1000}
+WEIGHTED: dict[str, Any] = {"num_members": 5, "num_elites": 5, "hidden": (8,), "max_epochs": 1500, "batch_size": 1000}
 FIT: dict[str, Any] = {"scale_targets": True, "weight_decay": 0.0, "learning_rate": 1e-2, "bootstrap": False}
 DELTA = 1.0
 ADVERSARIES = (0, 1, 2)
