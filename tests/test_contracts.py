@@ -52,7 +52,7 @@ def test_planners(planner):
 
 @pytest.fixture(scope="module")
 def fitted():
-    model = ProbabilisticEnsemble(hidden=[16], weight_decay=1e-5, **QUICK, **HEADS)
+    model = ProbabilisticEnsemble(hidden=[16], weight_decay=1e-5, **taken(ProbabilisticEnsemble, QUICK), **HEADS)
     model.fit(example_transitions(), rng=generator(0))
     return model
 
