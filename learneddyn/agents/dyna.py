@@ -21,7 +21,6 @@ Hooks for methods built on top; overrides call ``super()`` where they extend and
     self.rng                    the generator (on ``self.device``) that fits and imagination draw from
 """
 
-import importlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,7 +47,7 @@ from learneddyn.agents.diagnostics import (
 )
 from learneddyn.agents.episodes import Episodes
 from learneddyn.core import ActionFn, Task, Transitions, generator
-from learneddyn.models import AbstractDynamics, FitReport, ProbabilisticEnsemble
+from learneddyn.models import AbstractDynamics, FitReport, ProbabilisticEnsemble, blueprint, from_blueprint
 from learneddyn.spaces import Spaces
 from learneddyn.world import Sampler, World
 
@@ -167,7 +166,7 @@ class Dyna(OffPolicyAlgorithm):
         if self._vec_normalize_env is not None:
             raise ValueError("the model standardises its inputs itself: give the environment without VecNormalize")
         if self.task is None:
-            self.task = tasks.get(_env_id(self.env))
+            self.task = tasks.of_env(self.env)
         self.replay_buffer_class = DeviceReplayBuffer
         capacity = pool_capacity(self.rollout_length, self.rollout_batch, self.refit_every, self.retain)
         self.replay_buffer_kwargs = self.replay_buffer_kwargs | {
@@ -180,7 +179,7 @@ class Dyna(OffPolicyAlgorithm):
         self.spaces = Spaces(self.observation_space, self.action_space)
         if self._dynamics is None:
             card = self._dynamics_card
-            self._dynamics = default_dynamics(self.task) if card is None else _rebuilt(card, self.spaces)
+            self._dynamics = default_dynamics(self.task) if card is None else from_blueprint(card, self.spaces)
         self._dynamics.to(self.device)
         if self._dynamics.spaces is not None:
             self.world = self.make_world()
@@ -383,12 +382,7 @@ class Dyna(OffPolicyAlgorithm):
 
     def save(self, path: Any, *args: Any, **kwargs: Any) -> None:
         """Write SB3's zip: policy, optimisers, arguments and the dynamics model, without the replay."""
-        kind = type(self.dynamics)
-        self._dynamics_card = {
-            "class": [kind.__module__, kind.__qualname__],
-            "config": self.dynamics.config(),
-            "fitted": self.dynamics.spaces is not None,
-        }
+        self._dynamics_card = blueprint(self.dynamics)
         super().save(path, *args, **kwargs)
 
     def _excluded_save_params(self) -> list[str]:
@@ -415,26 +409,3 @@ def default_dynamics(task: Task) -> ProbabilisticEnsemble:
     return ProbabilisticEnsemble(
         learn_reward=task.reward is None, learn_termination=task.terminated is None, angles=task.angles
     )
-
-
-def _rebuilt(card: dict[str, Any], spaces: Spaces) -> AbstractDynamics:
-    """Return a model of the class and arguments on the card; its weights are loaded afterwards."""
-    module, name = card["class"]
-    model: AbstractDynamics = getattr(importlib.import_module(module), name)(**card["config"])
-    if card["fitted"]:
-        o, a = torch.zeros(0, spaces.obs_dim), torch.zeros(0, spaces.action_dim)
-        none = torch.zeros(0)
-        model.check_spaces(Transitions(o, a, none, o, none.bool(), none.long(), spaces))
-    return model
-
-
-def _env_id(env: Any) -> str:
-    """Return the Gymnasium id of a vector environment's lanes.
-
-    Raises:
-        ValueError: they name none.
-    """
-    spec = env.get_attr("spec", indices=0)[0] if env is not None else None
-    if spec is None:
-        raise ValueError("the environment has no Gymnasium id to look its task up by: give task=Task(...)")
-    return spec.id

@@ -120,7 +120,7 @@ class PETS(BaseAlgorithm):
         if self._vec_normalize_env is not None:
             raise ValueError("the model standardises its inputs itself: give the environment without VecNormalize")
         self.spaces = Spaces(self.observation_space, self.action_space)
-        self.task = tasks.get(_env_id(self.env)) if task is None else task
+        self.task = tasks.of_env(self.env) if task is None else task
         discrete = isinstance(self.action_space, gym.spaces.Discrete)
         self.planner = planner or (CategoricalCEM(horizon=25) if discrete else CEM())
         if self.planner.discrete != discrete:
@@ -502,15 +502,3 @@ def _read(folder: Path) -> Json:
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise AgentFileError(f"{folder}/pets.json is not of format {FORMAT}, which this version reads")
     return card
-
-
-def _env_id(env: Any) -> str:
-    """Return the Gymnasium id of an environment.
-
-    Raises:
-        ValueError: it names none.
-    """
-    spec = env.get_attr("spec", indices=0)[0] if env is not None else None
-    if spec is None:
-        raise ValueError("the environment has no Gymnasium id to look its task up by: give task=Task(...)")
-    return spec.id

@@ -1,6 +1,6 @@
 """Learned dynamics: p(next_obs, reward, terminated | obs, action)."""
 
-from learneddyn.models.base import AbstractDynamics, FitReport, ModelFileError
+from learneddyn.models.base import AbstractDynamics, FitReport, ModelFileError, blueprint, from_blueprint
 from learneddyn.models.ensemble import ProbabilisticEnsemble
 from learneddyn.models.hybrid import Hybrid
 from learneddyn.models.koopman import Koopman
@@ -17,6 +17,8 @@ __all__ = [
     "ModelFileError",
     "ProbabilisticEnsemble",
     "SINDy",
+    "blueprint",
     "distance_weights",
+    "from_blueprint",
     "value_weights",
 ]

@@ -172,6 +172,26 @@ class AbstractDynamics(nn.Module, ABC):
         return self.spaces
 
 
+def blueprint(model: AbstractDynamics) -> Json:
+    """Return what rebuilds a model without its weights: class, arguments, and whether it has been fitted."""
+    kind = type(model)
+    return {
+        "class": [kind.__module__, kind.__qualname__],
+        "config": model.config(),
+        "fitted": model.spaces is not None,
+    }
+
+
+def from_blueprint(card: Json, spaces: Spaces) -> AbstractDynamics:
+    """Return the model on a card; where it was fitted its parameters are made, for weights to be loaded."""
+    module, name = card["class"]
+    model: AbstractDynamics = getattr(importlib.import_module(module), name)(**card["config"])
+    if card["fitted"]:
+        model._build(spaces)
+        model.spaces = spaces
+    return model
+
+
 def _read(source: Path) -> tuple[dict[str, Any], bytes]:
     try:
         card = json.loads((source / "model.json").read_text())

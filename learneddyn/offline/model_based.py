@@ -30,11 +30,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from learneddyn.agents.diagnostics import imagination_figures
-from learneddyn.agents.dyna import _rebuilt as rebuilt
 from learneddyn.agents.dyna import default_dynamics
 from learneddyn.core import DataError, Dynamics, Json, Penalty, Prediction, State, Task, Transitions
 from learneddyn.data.replay import Batch, MixedReplay, Replay
-from learneddyn.models import AbstractDynamics
+from learneddyn.models import AbstractDynamics, blueprint, from_blueprint
 from learneddyn.offline.base import Cosine, Diverged
 from learneddyn.offline.dataset import Data, bounds
 from learneddyn.offline.policy import OfflinePolicy, SquashedActor
@@ -137,7 +136,7 @@ class OfflineMBPO(OfflineSAC):
         super()._setup_model()
         spaces = Spaces(self.observation_space, self.action_space)
         if self.model is None and self._model_card:
-            self.model = rebuilt(self._model_card, spaces)
+            self.model = from_blueprint(self._model_card, spaces)
         if isinstance(self.model, AbstractDynamics):
             self.model.to(self.device)
 
@@ -252,15 +251,7 @@ class OfflineMBPO(OfflineSAC):
 
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
         """Write an SB3 zip file with nets, optimisers, dynamics model and the generator's state; no data."""
-        model, kind = self.model, type(self.model)
-        self._model_card = {}
-        if isinstance(model, AbstractDynamics):
-            fitted = model.spaces is not None
-            self._model_card = {
-                "class": [kind.__module__, kind.__qualname__],
-                "config": model.config(),
-                "fitted": fitted,
-            }
+        self._model_card = blueprint(self.model) if isinstance(self.model, AbstractDynamics) else {}
         super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:

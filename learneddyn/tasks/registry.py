@@ -2,7 +2,7 @@
 
 import difflib
 from importlib import import_module
-from typing import cast
+from typing import Any, cast
 
 from learneddyn.core import Task
 
@@ -60,6 +60,19 @@ def get(real_id: str) -> Task:
         f"processes shall find it ('module:{real_id}'). "
         f"Known tasks: {', '.join(names())}"
     )
+
+
+def of_env(env: Any) -> Task:
+    """Return the task of a Stable-Baselines3 vector environment's lanes, by their Gymnasium id.
+
+    Raises:
+        ValueError: they name none.
+        UnknownTask: see `get`.
+    """
+    spec = env.get_attr("spec", indices=0)[0] if env is not None else None
+    if spec is None:
+        raise ValueError("the environment has no Gymnasium id to look its task up by: give task=Task(...)")
+    return get(spec.id)
 
 
 def register(task: Task, *, overwrite: bool = False) -> None:
