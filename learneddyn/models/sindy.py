@@ -12,7 +12,7 @@ from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -94,8 +94,12 @@ class SINDy(AbstractRegression):
         if any(not 0 <= column < o for column in self.angles):
             raise ValueError(f"angles must name observation columns 0 to {o - 1}, got {self.angles}")
         self._plain = [column for column in range(o) if column not in self.angles]
-        self._terms = self._monomials(o + len(self.angles))
-        count = self.bias + len(self._terms) + a * (1 + self.products * len(self._terms))
+        self._supports: dict[str, tuple[int, Tensor, Tensor]] = {}
+        terms = self._candidates(o + len(self.angles), a)
+        count, width = len(terms), max(map(len, terms))
+        # Row 0 is the constant: it fills the terms that have fewer factors than others.
+        padded = [[*term, *[0] * (width - len(term))] for term in terms]
+        self.register_buffer("factors", torch.tensor(padded).T.contiguous(), persistent=False)
         self.register_buffer("bootstrapped", torch.zeros(self.bootstraps, count, o))
         self.register_buffer("coefficients", torch.zeros(self.num_members, count, o))
         self.register_buffer("reward_coefficients", torch.zeros(self.num_members, count, int(self.learn_reward)))
@@ -105,19 +109,30 @@ class SINDy(AbstractRegression):
 
     def library(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"]) -> Float[Tensor, "b p"]:
         """Return the candidate terms of every row."""
-        x = obs
+        return self._terms(obs, action, self.factors).T
+
+    def _terms(
+        self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], factors: Int[Tensor, "f p"]
+    ) -> Float[Tensor, "p b"]:
+        """Return one row per term, so that products run over the batch and not over a handful of columns."""
+        parts = [torch.ones_like(obs[:, :1]), obs, action]
         if self.angles:
             angle = obs[:, self.angles]
-            x = torch.cat([obs[:, self._plain], angle.cos(), angle.sin()], dim=1)
-        levels = [x]
-        for total in range(2, self.degree + 1):
-            parent, factor = getattr(self, f"parent{total}"), getattr(self, f"factor{total}")
-            levels.append(levels[-1][:, parent] * x[:, factor])
-        terms = torch.cat(levels, dim=1) if len(levels) > 1 else x
-        parts = [torch.ones_like(x[:, :1])] * self.bias + [terms, action]
-        if self.products:
-            parts.append((action[:, :, None] * terms[:, None, :]).flatten(1))
-        return torch.cat(parts, dim=1)
+            parts[1:2] = [obs[:, self._plain], angle.cos(), angle.sin()]
+        rows = torch.cat(parts, dim=1).T.contiguous()
+        terms = rows.index_select(0, factors[0])
+        for factor in factors[1:]:
+            terms = terms * rows.index_select(0, factor)
+        return terms
+
+    def _support(self, coefficients: Float[Tensor, "e p q"], name: str) -> tuple[Tensor, Tensor]:
+        """Return factors and coefficients of the terms in use, remembered until the coefficients change."""
+        known = self._supports.get(name)
+        if known is None or known[0] != coefficients._version or known[2].device != coefficients.device:
+            used = (coefficients != 0).any(dim=2).any(dim=0).nonzero().flatten()
+            known = coefficients._version, self.factors[:, used], coefficients[:, used].mT.contiguous()
+            self._supports[name] = known
+        return known[1], known[2]
 
     def term_names(self, names: Sequence[str] | None = None) -> list[str]:
         """Return the candidate terms in words; ``names`` are those of the observation columns, then the actions."""
@@ -127,11 +142,9 @@ class SINDy(AbstractRegression):
         own = [f"x{i}" for i in range(o)] + [f"u{i}" for i in range(a)] if names is None else list(names)
         if len(own) != o + a:
             raise ValueError(f"names must be {o} observation columns and {a} actions, got {own}")
-        x = [own[i] for i in self._plain] + [f"cos({own[i]})" for i in self.angles]
-        x += [f"sin({own[i]})" for i in self.angles]
-        terms = [" ".join(x[i] for i in factors) for factors in self._terms]
-        products = [f"{term} {u}" for u in own[o:] for term in terms] if self.products else []
-        return ["1"] * self.bias + terms + own[o:] + products
+        cosines, sines = ([f"{call}({own[i]})" for i in self.angles] for call in ("cos", "sin"))
+        rows = ["1", *(own[i] for i in self._plain), *cosines, *sines, *own[o:]]
+        return [" ".join(rows[i] for i in term if i) or "1" for term in self.factors.T.tolist()]
 
     def equations(self, names: Sequence[str] | None = None, digits: int = 4, member: int = 0) -> list[str]:
         """Return one line per observation column, ``x0' = 1 x0 + 0.02 x1``, and one for the reward if there is one.
@@ -153,30 +166,25 @@ class SINDy(AbstractRegression):
             lines.append(f"{head} = {' + '.join(parts) or '0'}".replace("+ -", "- "))
         return lines
 
-    def _monomials(self, coordinates: int) -> list[tuple[int, ...]]:
-        """Return the monomials, each as its factors.
-
-        Those of one degree are products of a monomial of the degree below and a coordinate: buffers say which.
-        """
-        terms: list[tuple[int, ...]] = []
-        below: dict[tuple[int, ...], int] = {}
-        for total in range(1, self.degree + 1):
-            chosen = list(combinations_with_replacement(range(coordinates), total))
-            if not self.interactions:
-                chosen = [factors for factors in chosen if len(set(factors)) == 1]
-            if total > 1:
-                parents, last = [below[factors[:-1]] for factors in chosen], [factors[-1] for factors in chosen]
-                self.register_buffer(f"parent{total}", torch.tensor(parents), persistent=False)
-                self.register_buffer(f"factor{total}", torch.tensor(last), persistent=False)
-            below = {factors: index for index, factors in enumerate(chosen)}
-            terms += chosen
-        return terms
+    def _candidates(self, coordinates: int, actions: int) -> list[tuple[int, ...]]:
+        """Return the candidate terms, each as its factors: 0 the constant, then the coordinates, then the actions."""
+        monomials = [
+            factors
+            for total in range(1, self.degree + 1)
+            for factors in combinations_with_replacement(range(1, coordinates + 1), total)
+            if self.interactions or len(set(factors)) == 1
+        ]
+        inputs = range(coordinates + 1, coordinates + actions + 1)
+        products = [(*factors, u) for u in inputs for factors in monomials] if self.products else []
+        return [(0,)] * self.bias + monomials + [(u,) for u in inputs] + products
 
     def _every(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Tensor | None) -> Answer:
-        mean = torch.matmul(self.library(obs, action), self.coefficients).addcmul(self.relative, obs)
+        factors, coefficients = self._support(self.coefficients, "dynamics")
+        mean = (coefficients @ self._terms(obs, action, factors)).mT.addcmul(self.relative, obs)
         if self.learn_reward:
-            flat = self.library(mean.flatten(0, 1), action.repeat(len(mean), 1)).view(len(mean), len(obs), -1)
-            mean = torch.cat([mean, flat @ self.reward_coefficients], dim=2)
+            factors, coefficients = self._support(self.reward_coefficients, "reward")
+            terms = self._terms(mean.flatten(0, 1), action.repeat(len(mean), 1), factors).unflatten(1, (len(mean), -1))
+            mean = torch.cat([mean, (coefficients @ terms.transpose(0, 1)).mT], dim=2)
         return Answer(mean)
 
     def _learn(
@@ -223,6 +231,7 @@ class SINDy(AbstractRegression):
     coefficients: Tensor
     reward_coefficients: Tensor
     relative: Tensor
+    factors: Tensor
 
 
 def _stlsq(threshold: float, ridge: float) -> Any:
