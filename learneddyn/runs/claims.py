@@ -43,7 +43,8 @@ class Finding(NamedTuple):
 
     def to_json(self) -> Json:
         """Return plain JSON."""
-        return {"what": self.what, "measured": self.measured.to_json(), "wanted": self.wanted, "holds": self.holds}
+        holds = None if self.holds is None else bool(self.holds)  # a comparison of NumPy numbers is no JSON
+        return {"what": self.what, "measured": self.measured.to_json(), "wanted": self.wanted, "holds": holds}
 
     @classmethod
     def from_json(cls, text: Json) -> "Finding":

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -20,7 +21,7 @@ def measure(seed: int, home: Path, notify: Notify) -> Json:
 
 def findings(figures: dict[int, Json]) -> list[Finding]:
     mean = bootstrap_interval([entry["value"] for entry in figures.values()])
-    return [Finding("mean", mean, ">= 1", mean.value >= 1), Finding("again", mean, "", None)]
+    return [Finding("mean", mean, ">= 1", np.float64(mean.value) >= 1), Finding("again", mean, "", None)]
 
 
 def draw(figures: dict[int, Json]) -> Figure:
