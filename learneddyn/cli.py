@@ -474,7 +474,7 @@ def mbpo(
     """
     chosen = seeds or [seed]
     given = {"env_id": env_id, "algorithm": algorithm, "algorithm_kwargs": algorithm_kwargs, "env_kwargs": env_kwargs}
-    part = None if model is None else {"class": type(model).__name__, "config": model.config()}
+    part = None if model is None else described(model)
     settings = given | {
         "steps": steps,
         "judge_every": judge_every,

@@ -100,6 +100,7 @@ class Hybrid(AbstractRegression):
         if not free or any(not 0 <= column < o for column in free):
             raise ValueError(f"columns must name observation columns 0 to {o - 1}, got {self.columns}")
         self._free = free
+        self.register_buffer("free", torch.tensor(free), persistent=False)
         self._candidates = self.terms or ["1", *(f"x{i}" for i in range(o)), *(f"u{i}" for i in range(a))]
         evaluate_terms(self._candidates, torch.zeros(1, o), torch.zeros(1, a))
         outputs = len(free) + self.learn_reward
@@ -145,10 +146,9 @@ class Hybrid(AbstractRegression):
 
     def _every(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Tensor | None) -> Answer:
         before = mean = self._prior(obs, action, **self.prior_arguments)
-        free = torch.tensor(self._free, device=obs.device)
         for _ in range(2):
             found = self._answered(0.5 * (obs + mean), action)
-            mean = before.index_add(1, free, self.dt * found[:, : len(self._free)])
+            mean = before.index_add(1, self.free, self.dt * found[:, : len(self._free)])
         if self.learn_reward:
             mean = torch.cat([mean, found[:, -1:]], dim=1)
         return Answer(mean[None])
@@ -226,6 +226,7 @@ class Hybrid(AbstractRegression):
         return history
 
     # Declared for type checkers; `_build_members` registers them.
+    free: Tensor
     coefficients: Tensor
     deviations: Tensor
     shift: Tensor

@@ -105,6 +105,7 @@ class Koopman(AbstractRegression):
             for total in range(2, self.degree + 1 if self.lift == "polynomial" else 2)
             for chosen in combinations_with_replacement(range(d), total)
         ]
+        self.register_buffer("pairs", torch.tensor(self.unit_pairs, dtype=torch.long).view(-1, 2), persistent=False)
         self.register_buffer("powers", torch.tensor(powers).view(-1, d), persistent=False)
         extra = len(powers) + (self.centres if self.lift in ("rbf", "learned") else 0)
         n = 1 + d + extra
@@ -178,11 +179,9 @@ class Koopman(AbstractRegression):
             out = torch.empty_like(obs)
             out[:, self._plain] = encoded[:, : -2 * k]
             out[:, self.angles] = angle + torch.atan2(turned.sin(), turned.cos())
-        for pair in self.unit_pairs:
-            circle = out[:, pair]
-            out = out.index_copy(
-                1, torch.tensor(pair, device=out.device), circle / circle.norm(dim=1, keepdim=True).clamp_min(1e-6)
-            )
+        for pair in self.pairs:
+            circle = out.index_select(1, pair)
+            out = out.index_copy(1, pair, circle / circle.norm(dim=1, keepdim=True).clamp_min(1e-6))
         return out
 
     def _every(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Tensor | None) -> Answer:
@@ -295,6 +294,7 @@ class Koopman(AbstractRegression):
         return history
 
     # Declared for type checkers; `_build_members` registers them.
+    pairs: Tensor
     powers: Tensor
     shift: Tensor
     scale: Tensor

@@ -131,7 +131,6 @@ def findings(figures: dict[int, Json]) -> list[Finding]:
 def draw(figures: dict[int, Json]) -> Figure:
     """Draw the coefficients found beside the true ones."""
     figure, [axes] = panels(width=7.0)
-    first = next(iter(figures.values()))
     place = np.arange(len(TERMS))
     for offset, way in zip((-0.25, 0.0, 0.25), ("clean", "noisy, filter", "noisy, plain"), strict=True):
         values = np.array([[entry[way]["found"][term] for term in TERMS] for entry in figures.values()])
@@ -140,7 +139,6 @@ def draw(figures: dict[int, Json]) -> Figure:
     axes.set_xticks(place, TERMS, rotation=60, fontsize=7)
     axes.set_ylabel("coefficient (per second)")
     axes.legend(fontsize=7, frameon=False)
-    assert first
     return figure
 
 
