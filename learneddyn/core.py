@@ -78,6 +78,13 @@ class Transitions:
         """The device all columns live on."""
         return self.obs.device
 
+    def positions(self) -> Int[Tensor, " n"]:
+        """Return how many rows of its episode stand before each row."""
+        row = torch.arange(len(self), device=self.device)
+        begins = torch.ones(len(self), dtype=torch.bool, device=self.device)
+        begins[1:] = self.episode[1:] != self.episode[:-1]
+        return row - torch.where(begins, row, 0).cummax(dim=0).values
+
     def to(self, device: torch.device | str) -> "Transitions":
         """Return the same rows on another device."""
         return self._map(lambda tensor: tensor.to(device))

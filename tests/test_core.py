@@ -95,3 +95,11 @@ def test_importing_the_package_loads_no_torch_and_is_quick():
         assert has_torch == "False"
         seconds.append(spent - bare)
     assert min(seconds) < 0.5
+
+
+def test_positions_count_from_each_episodes_first_row():
+    n = 6
+    rows, none = torch.zeros(n, 1), torch.zeros(n)
+    episode = torch.tensor([3, 3, 3, 0, 7, 7])
+    data = Transitions(rows, rows, none, rows, none.bool(), episode)
+    assert data.positions().tolist() == [0, 1, 2, 0, 0, 1]

@@ -209,9 +209,7 @@ class Koopman(AbstractRegression):
         """Return delayed coordinates before and after every row; delays do not reach across an episode's start."""
         now, then = self.coordinates(data.obs), self.coordinates(data.next_obs)
         row = torch.arange(len(data), device=data.device)
-        begins = torch.ones(len(data), dtype=torch.bool, device=data.device)
-        begins[1:] = data.episode[1:] != data.episode[:-1]
-        first = torch.where(begins, row, 0).cummax(dim=0).values
+        first = row - data.positions()
         history = [now[torch.maximum(row - lag, first)] for lag in range(self.delays)]
         return torch.cat(history, dim=1), torch.cat([then, *history[:-1]], dim=1)
 

@@ -246,7 +246,7 @@ class PLRNN(AbstractRegression):
         """Return the latent state before every row, forced to the observations of its episode so far."""
         x, u, _ = self._sequences(data)
         memory = self.begin(x)
-        position = _positions(data)
+        position = data.positions()
         for step in range(1, int(position.max()) + 1):
             row = (position == step).nonzero().flatten()
             memory[row] = self.force(self.advance(memory[row - 1], u[row - 1]), x[row], 1.0)
@@ -260,14 +260,6 @@ class PLRNN(AbstractRegression):
     action_std: Tensor
     reward_mean: Tensor
     reward_std: Tensor
-
-
-def _positions(data: Transitions) -> Int[Tensor, " n"]:
-    """Return how many rows of its episode stand before each row."""
-    row = torch.arange(len(data), device=data.device)
-    begins = torch.ones(len(data), dtype=torch.bool, device=data.device)
-    begins[1:] = data.episode[1:] != data.episode[:-1]
-    return row - torch.where(begins, row, 0).cummax(dim=0).values
 
 
 def _window_starts(data: Transitions, window: int) -> Int[Tensor, " w"]:

@@ -239,8 +239,4 @@ CLAIM = Claim(
     findings=findings,
     draw=draw,
     seeds=tuple(range(10)),
-    notes=(
-        "With length 1, the source's simplest form, rows near distance 1 count less than they do without weights, and "
-        "so the squared error within distance 1 does not fall; its row shows this. What is far is always fitted worse."
-    ),
 )
