@@ -9,9 +9,10 @@ of the policy. mbrl-lib's is `rollout_model_and_populate_sac_buffer`.
 
 from types import SimpleNamespace
 
+import floor
 import torch
 from contest import Contestant, Row, Turns, main, missing
-from rollout import ACTION, FLOP, OBS, ensemble, inputs, mbrl_env, mbrl_model
+from rollout import ACTION, ELITES, FLOP, OBS, WIDTHS, ensemble, inputs, mbrl_env, mbrl_model
 from stable_baselines3.common.logger import configure
 
 from learneddyn.agents import MBPO
@@ -74,12 +75,25 @@ def mbrl_lib(starts: int, device: str) -> Contestant:
     return Contestant("mbrl-lib", _case(starts), STEPS * starts, imagine, FLOP + POLICY, peer=True)
 
 
+def products_alone(starts: int, precision: str, device: str) -> Contestant:
+    """Only the products: of the model in ``precision``, of the policy always in fp32, as agents have it."""
+    model = floor.chain(WIDTHS, ELITES, -(-starts // ELITES), precision, device, times=STEPS)
+    policy = floor.chain((OBS, WIDTH, WIDTH, 2 * ACTION), 1, starts, "fp32", device, times=STEPS)
+
+    def imagine() -> None:
+        model()
+        policy()
+
+    return Contestant(f"{floor.NAME} {precision}", _case(starts), STEPS * starts, imagine, FLOP + POLICY)
+
+
 def _case(starts: int) -> str:
     return f"{starts} starts x {STEPS} steps"
 
 
 def measure(turns: Turns, starts: int = 20_000) -> list[Row]:
-    field, absent = [ours(starts, precision, turns.device) for precision in ("fp32", "bf16")], []
+    field, absent = [ours(starts, precision, turns.device) for precision in floor.DTYPES], []
+    field += [products_alone(starts, precision, turns.device) for precision in floor.DTYPES]
     try:
         field.append(mbrl_lib(starts, turns.device))
     except ImportError as error:

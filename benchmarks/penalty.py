@@ -10,10 +10,11 @@ more than 2 GiB.
 
 from typing import Any
 
+import floor
 import numpy as np
 import torch
 from contest import Contestant, Row, Turns, lanes_of, main
-from rollout import ELITES, FLOP, MEMBERS, OBS, TASK, ensemble, inputs, world_step
+from rollout import ELITES, FLOP, MEMBERS, OBS, TASK, WIDTHS, ensemble, inputs, world_step
 from torch.nn.functional import softplus
 
 from learneddyn.models import ProbabilisticEnsemble
@@ -59,6 +60,9 @@ def measure(turns: Turns, largest: int = 4096) -> list[Row]:
         field.append(world_step("fp32", full, count, MEMBERS))
         field.append(world_step("bf16", half, count, MEMBERS))
         field.append(as_a_kit(full.dynamics, count))
+        for name in floor.DTYPES if count > 1 else ():
+            call = floor.chain(WIDTHS, MEMBERS, count, name)
+            field.append(Contestant(f"{floor.NAME} {name}", lanes_of(count), count, call, MEMBERS * FLOP))
     return turns.contest(TABLE, field)
 
 

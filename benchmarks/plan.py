@@ -13,10 +13,12 @@ action to last array: its time is the time of a step of control.
 
 from typing import Any
 
+import floor
 import numpy as np
 import torch
 from contest import Contestant, Row, Turns, main, missing
-from rollout import ACTION, FLOP, TASK, ensemble, inputs, mbrl_env, mbrl_model
+from rollout import ACTION, FLOP, TASK, WIDTHS, ensemble, inputs, mbrl_env, mbrl_model
+from rollout import ELITES as NETWORKS
 
 from learneddyn.agents import MPC
 from learneddyn.planners import CEM, ICEM, AbstractPlanner
@@ -65,6 +67,14 @@ def mbrl_lib(planner: CEM, device: str) -> Contestant:
     return Contestant("mbrl-lib", _case(planner, PARTICLES), rows, plan, FLOP, peer=True)
 
 
+def products_alone(precision: str, planner: AbstractPlanner, particles: int, device: str) -> Contestant:
+    """Only the products of a plan: in every step, elites answer equal shares of all particles."""
+    rows = -(-planner.sequences * particles // NETWORKS)
+    call = floor.chain(WIDTHS, NETWORKS, rows, precision, device, times=planner.horizon)
+    imagined = rows * NETWORKS * planner.horizon
+    return Contestant(f"{floor.NAME} {precision}", _case(planner, particles), imagined, call, FLOP)
+
+
 def _case(planner: AbstractPlanner, particles: int) -> str:
     return f"{planner.sequences} plans x {planner.horizon} steps x {particles} particles"
 
@@ -73,12 +83,14 @@ def measure(turns: Turns, iterations: int = 1) -> list[Row]:
     worlds = {precision: World(ensemble(turns.device, precision=precision), TASK) for precision in ("fp32", "bf16")}
     cem = CEM(HORIZON, CANDIDATES, ELITES, iterations, min_variance=0.0)
     field, absent = [ours(name, world, cem, PARTICLES) for name, world in worlds.items()], []
+    field += [products_alone(name, cem, PARTICLES, turns.device) for name in worlds]
     try:
         field.append(mbrl_lib(cem, turns.device))
     except ImportError as error:
         absent = [missing(CEM_TABLE, "mbrl-lib", error)]
     icem = ICEM.of_budget(100, horizon=HORIZON, beta=0.25)
     control = [ours(name, world, icem, 5) for name, world in worlds.items()]
+    control += [products_alone(name, icem, 5, turns.device) for name in worlds]
     return turns.contest(CEM_TABLE, field) + absent + turns.contest(ICEM_TABLE, control)
 
 

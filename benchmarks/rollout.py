@@ -17,6 +17,7 @@ from collections.abc import Callable
 from itertools import cycle, pairwise
 from typing import Any
 
+import floor
 import gymnasium as gym
 import numpy as np
 import torch
@@ -93,6 +94,21 @@ def naive_step(model: ProbabilisticEnsemble, lanes: int) -> Contestant:
         return after[:, -1]
 
     return Contestant("all members and a gather", lanes_of(lanes), lanes, step, MEMBERS * FLOP, peer=True)
+
+
+def products_alone(lanes: int, device: str) -> list[Contestant]:
+    """Only the products of a step: elites answer equal shares of the lanes."""
+    rows = -(-lanes // ELITES)
+    return [
+        Contestant(
+            f"{floor.NAME} {precision}",
+            lanes_of(lanes),
+            rows * ELITES,
+            floor.chain(WIDTHS, ELITES, rows, precision, device),
+            FLOP,
+        )
+        for precision in floor.DTYPES
+    ]
 
 
 def through_gym(model: ProbabilisticEnsemble, folder: str) -> Contestant:
@@ -231,9 +247,13 @@ def measure(turns: Turns, largest: int = 50_000) -> list[Row]:
     for count in lanes:
         steps.append(world_step("fp32", World(full, TASK), count))
         steps.append(world_step("bf16", World(half, TASK), count))
+        steps += products_alone(count, turns.device) if count > 1 else []
     rows = turns.contest(STEP, [*steps, *peer_steps])
     updates = [training(name, ensemble(turns.device), half=name == "bf16") for name in ("fp32", "bf16")]
-    rows += turns.contest(TRAINING, [*updates, training_by_autograd(ensemble(turns.device)), *peers])
+    updates.append(training_by_autograd(ensemble(turns.device)))
+    for name in floor.DTYPES:
+        updates.append(_trained(f"{floor.NAME} {name}", floor.update(WIDTHS, MEMBERS, BATCH, name, turns.device)))
+    rows += turns.contest(TRAINING, [*updates, *peers])
     field = []
     for count in (count for count in lanes if count <= NAIVE_LANES):
         for name, model in (("fp32", full), ("bf16", half)):

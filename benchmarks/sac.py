@@ -166,7 +166,7 @@ def measure(turns: Turns, batch: int = 256, width: int = 256, obs: int = 17, act
         for kind, options in (("", {}), (", device replay", {"replay_buffer_class": DeviceReplayBuffer})):
             call = updates(FastSAC, sizes, device, precision=precision, **options)
             field.append(contestant(f"FastSAC {precision}{kind}", call))
-        field.append(contestant(f"hidden products {precision}", products(sizes, dtype, device), flop=hidden))
+        field.append(contestant(f"hidden products alone {precision}", products(sizes, dtype, device), flop=hidden))
     return turns.contest(TABLE, field) + absent
 
 
