@@ -158,6 +158,8 @@ class IWOCS(Generic[M]):
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if (agent_kwargs or {}).get("n_steps", 1) != 1:
+            raise ValueError(f"n_steps must be 1: forecasts are of the next step, got {agent_kwargs}")
         self.make, self.nominal, self.search, self.draw = make, nominal, search, draw
         self.default_timesteps, self.case_timesteps = default_timesteps, case_timesteps
         self.agent, self.agent_kwargs, self._policy_name = agent, dict(agent_kwargs or {}), policy
@@ -216,6 +218,7 @@ class IWOCS(Generic[M]):
             value,
             tolerance=self.tolerance,
             rounds=total_timesteps // self.case_timesteps,
+            known=[turn.solved for turn in self.rounds],
         )
         self.rounds += rounds
         if self.verbose:
@@ -260,12 +263,16 @@ class IWOCS(Generic[M]):
         """Take policy and rounds from a folder that `save` wrote; a later `learn` adds cases.
 
         Raises:
-            ValueError: ``folder`` holds no policy.
+            ValueError: ``folder`` holds no policy, or no rounds; what was learned before stays.
         """
-        self.policy = RobustPolicy.load(folder, self.agent, device)
-        rounds = json.loads((surviving_folder(Path(folder)) / "rounds.json").read_text())
+        policy = RobustPolicy.load(folder, self.agent, device)
+        try:
+            rounds = json.loads((surviving_folder(Path(folder)) / "rounds.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} holds no rounds of IWOCS: {error}") from error
         names = ("solved", "worst")
         self.rounds = [Round(**turn | {name: _model(turn[name]) for name in names}) for turn in rounds]
+        self.policy = policy
         return self
 
     def _open(self) -> bool:

@@ -46,6 +46,7 @@ def incremental(
     *,
     tolerance: float,
     rounds: int,
+    known: Sequence[M] = (),
 ) -> tuple[P, list[Round[M]]]:
     """Solve worst cases one after the other until the policy keeps what it promises in the worst of them.
 
@@ -57,6 +58,7 @@ def incremental(
         value: of a policy at the start, in several models.
         tolerance: largest |value in the worst model - promised value| that ends the loop.
         rounds: most models to solve.
+        known: models that an earlier call has solved.
 
     Returns:
         The last policy and all rounds. The loop also ends where the worst model is one that has been solved: nothing
@@ -75,8 +77,8 @@ def incremental(
         policy, promised = combine(solutions)
         worst, worth = search(_of(value, policy))
         history.append(Round(model, promised, worst, worth))
-        known = any(worst == turn.solved for turn in history)
-        if abs(worth - promised) <= tolerance or known or len(history) == rounds:
+        solved = any(worst == other for other in (*known, *(turn.solved for turn in history)))
+        if abs(worth - promised) <= tolerance or solved or len(history) == rounds:
             return policy, history
         model = worst
 

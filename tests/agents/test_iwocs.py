@@ -162,6 +162,13 @@ def test_a_second_call_goes_on(learned):
     assert len(one.policy.cases) == 2
 
 
+def test_a_later_call_does_not_solve_again_what_an_earlier_one_has():
+    answers = iter([0.123, 0.0])
+    one = learner(search=lambda value: (found := next(answers), value([found])[0])).learn(200)
+    one.learn(200)  # steps for two cases more
+    assert [turn.solved for turn in one.rounds] == [0.0, 0.123]
+
+
 def test_save_and_load_act_alike(learned, tmp_path):
     learned.save(tmp_path / "robust")
     policy = RobustPolicy.load(tmp_path / "robust")
@@ -179,6 +186,11 @@ def test_save_and_load_act_alike(learned, tmp_path):
     assert [card["model"] for card in cards] == [turn.solved for turn in learned.rounds]
     with pytest.raises(ValueError, match="nowhere holds no robust policy"):
         RobustPolicy.load(tmp_path / "nowhere")
+    (tmp_path / "robust" / "rounds.json").write_text("[")
+    kept = again.policy
+    with pytest.raises(ValueError, match="robust holds no rounds of IWOCS"):
+        again.restore(tmp_path / "robust")
+    assert again.policy is kept
 
 
 def constant_agent(reward, gamma=0.8, entropy=5.0):
@@ -263,6 +275,8 @@ def test_worlds_are_models_too():
 def test_bad_input(learned):
     with pytest.raises(ValueError, match="episodes must be at least 1, got 0"):
         learner(episodes=0)
+    with pytest.raises(ValueError, match="n_steps must be 1"):
+        learner(agent_kwargs=SMALL | {"n_steps": 3})
     with pytest.raises(ValueError, match=r"must be at least 200 .* got 150"):
         learner().learn(150)
     with pytest.raises(ValueError, match="has not learned yet"):
