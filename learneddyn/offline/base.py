@@ -338,9 +338,11 @@ class OfflineAlgorithm(BaseAlgorithm):
         return ["policy", *(f"policy.{name}.optimizer" for name in self.policy.learners)], []
 
 
-def descend(loss: Float[Tensor, ""], optimizer: torch.optim.Optimizer) -> None:
-    """Step ``optimizer`` down the gradient of ``loss`` in its own parameters only."""
+def descend(loss: Float[Tensor, ""], optimizer: torch.optim.Optimizer, max_norm: float = math.inf) -> None:
+    """Step ``optimizer`` down the gradient of ``loss`` in its own parameters only, its norm at most ``max_norm``."""
     parameters = optimizer.param_groups[0]["params"]
     for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         parameter.grad = grad
+    if max_norm < math.inf:
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     optimizer.step()

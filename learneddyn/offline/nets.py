@@ -1,6 +1,6 @@
 """n MLPs of one shape as one batched net: one product per layer for all of them, differentiable to any order."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -10,13 +10,14 @@ from torch.nn.functional import layer_norm
 
 
 class BatchedMLP(nn.Module):
-    """n ReLU nets with weights ``[n, in, out]`` and biases ``[n, 1, out]``.
+    """n nets with weights ``[n, in, out]`` and biases ``[n, 1, out]``.
 
     Weights start as those of ``torch.nn.Linear``: uniform within ``1 / sqrt(fan_in)``.
 
     Args:
         count: nets n.
         widths: of the layers, input and output among them.
+        activation: after every layer but the last.
         normalise: LayerNorm after each activation, with a gain and an offset per net.
         hidden_bias: start value of the hidden biases, None for that of ``torch.nn.Linear``.
         last_bound: bound of the last layer's start weights and biases, None for that of ``torch.nn.Linear``.
@@ -28,13 +29,14 @@ class BatchedMLP(nn.Module):
         count: int,
         widths: Sequence[int],
         *,
+        activation: Callable[[Tensor], Tensor] = torch.relu,
         normalise: bool = False,
         hidden_bias: float | None = None,
         last_bound: float | None = None,
         rng: torch.Generator,
     ) -> None:
         super().__init__()
-        self.count, self._normalise = count, normalise
+        self.count, self._activation, self._normalise = count, activation, normalise
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         last = len(widths) - 2
         for layer, (inputs, outputs) in enumerate(pairwise(widths)):
@@ -59,7 +61,7 @@ class BatchedMLP(nn.Module):
         for layer, (weight, bias) in enumerate(self._layers):
             x = torch.baddbmm(bias, x, weight)
             if layer != last:
-                x = x.relu()
+                x = self._activation(x)
                 if self._normalise:
                     x = layer_norm(x, x.shape[-1:]) * self.gains[layer] + self.offsets[layer]
         return x

@@ -1,7 +1,7 @@
 """Actors and batched critics behind SB3's ``BasePolicy``: environment units in, actions in [-1, 1] inside."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import torch
@@ -163,7 +163,22 @@ class Value(nn.Module):
         return self.net(self._normaliser[0](obs))[0, :, 0]
 
 
-class OfflinePolicy(BasePolicy):
+class FlatPolicy(BasePolicy):
+    """What an offline learner asks of its policy: flat columns, and nets by name, each with its ``optimizer``."""
+
+    normaliser: Normaliser
+    learners: list[str]
+    """Names of the nets that learn."""
+
+    def columns(self, observation: Any) -> Float[Tensor, "b o"]:
+        """Return flat columns of a batch of SB3's observation tensors, in the order of `learneddyn.spaces`."""
+        parts = preprocess_obs(observation, self.observation_space, normalize_images=False)
+        if isinstance(parts, dict):
+            return torch.cat([parts[key].flatten(1).float() for key in sorted(parts)], 1)
+        return parts.flatten(1).float()
+
+
+class OfflinePolicy(FlatPolicy):
     """Actor, critics, their targets and, where asked, a state value; "MlpPolicy" of the offline learners.
 
     Args:
@@ -173,6 +188,7 @@ class OfflinePolicy(BasePolicy):
         net_arch: hidden widths, or ``{"pi": ..., "qf": ...}`` for actor and critics.
         actor: "deterministic", "gaussian" (state-independent deviation) or "squashed" (tanh-Gaussian).
         n_critics: critics, 0 for none.
+        activation: of the hidden layers of all nets.
         layer_norm: LayerNorm in the critics, after each activation.
         log_std: bounds of the squashed actor's log standard deviation.
         hidden_bias: start value of the hidden biases (None: torch's).
@@ -188,6 +204,8 @@ class OfflinePolicy(BasePolicy):
     """
 
     actor: Actor
+    actors: ClassVar[tuple[str, ...]] = tuple(ACTORS)
+    """Names of the actors there are."""
 
     def __init__(
         self,
@@ -198,6 +216,7 @@ class OfflinePolicy(BasePolicy):
         net_arch: Sequence[int] | Mapping[str, Sequence[int]] = ARCHITECTURE,
         actor: str = "squashed",
         n_critics: int = 2,
+        activation: Callable[[Tensor], Tensor] = torch.relu,
         layer_norm: bool = False,
         log_std: tuple[float, float] = LOG_STD,
         hidden_bias: float | None = None,
@@ -208,8 +227,8 @@ class OfflinePolicy(BasePolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
         rng: torch.Generator | None = None,
     ) -> None:
-        if actor not in ACTORS:
-            raise ValueError(f"actor must be one of {sorted(ACTORS)}, got {actor!r}")
+        if actor not in self.actors:
+            raise ValueError(f"actor must be one of {sorted(self.actors)}, got {actor!r}")
         if n_critics < 0:
             raise ValueError(f"n_critics must be at least 0, got {n_critics}")
         if optimizer_kwargs is None:
@@ -225,6 +244,7 @@ class OfflinePolicy(BasePolicy):
             "net_arch": net_arch,
             "actor": actor,
             "n_critics": n_critics,
+            "activation": activation,
             "layer_norm": layer_norm,
             "log_std": log_std,
             "hidden_bias": hidden_bias,
@@ -238,51 +258,58 @@ class OfflinePolicy(BasePolicy):
         bounds = last_bounds or (None, None)
         self.normaliser = Normaliser(obs_dim)
 
-        def actor_net(rng: torch.Generator) -> Actor:
-            outputs = 2 * action_dim if actor == "squashed" else action_dim
-            net = BatchedMLP(1, (obs_dim, *pi, outputs), hidden_bias=hidden_bias, last_bound=bounds[0], rng=rng)
-            if actor == "squashed":
-                return SquashedActor(net, self.normaliser, log_std)
-            return ACTORS[actor](net, self.normaliser)
-
         def critic_net(rng: torch.Generator) -> Critics:
             widths = (obs_dim + action_dim, *qf, 1)
             net = BatchedMLP(
-                n_critics, widths, normalise=layer_norm, hidden_bias=hidden_bias, last_bound=bounds[1], rng=rng
+                n_critics,
+                widths,
+                activation=activation,
+                normalise=layer_norm,
+                hidden_bias=hidden_bias,
+                last_bound=bounds[1],
+                rng=rng,
             )
             return Critics(net, self.normaliser)
 
         unused = torch.Generator()
-        self.actor, self.learners = actor_net(rng), ["actor"]
+        self.actor, self.learners = self._new_actor(pi, rng), ["actor"]
         if actor_target:
-            self.actor_target = _frozen_copy(actor_net(unused), self.actor)
+            self.actor_target = _frozen_copy(self._new_actor(pi, unused), self.actor)
         if n_critics:
             self.critic = critic_net(rng)
             self.critic_target = _frozen_copy(critic_net(unused), self.critic)
             self.learners.append("critic")
         if value:
-            self.value = Value(BatchedMLP(1, (obs_dim, *qf, 1), rng=rng), self.normaliser)
+            self.value = Value(BatchedMLP(1, (obs_dim, *qf, 1), activation=activation, rng=rng), self.normaliser)
             self.learners.append("value")
-        self._followed = [
-            (list(getattr(self, f"{name}_target").parameters()), list(getattr(self, name).parameters()))
+        self._followed = {
+            name: (list(getattr(self, f"{name}_target").parameters()), list(getattr(self, name).parameters()))
             for name in self.learners
             if hasattr(self, f"{name}_target")
-        ]
+        }
         for name in self.learners:
             module = getattr(self, name)
             module.optimizer = optimizer_class(module.parameters(), lr=lr_schedule(1), **optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _new_actor(self, hidden: Sequence[int], rng: torch.Generator) -> Actor:
+        """Return an actor with fresh weights."""
+        kind, normaliser, action_dim = self._arguments["actor"], self.normaliser, flat_dim(self.action_space)
+        net = BatchedMLP(
+            1,
+            (len(normaliser.mean), *hidden, 2 * action_dim if kind == "squashed" else action_dim),
+            activation=self._arguments["activation"],
+            hidden_bias=self._arguments["hidden_bias"],
+            last_bound=(self._arguments["last_bounds"] or (None,))[0],
+            rng=rng,
+        )
+        if kind == "squashed":
+            return SquashedActor(net, normaliser, self._arguments["log_std"])
+        return ACTORS[kind](net, normaliser)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         spaces = {"observation_space": self.observation_space, "action_space": self.action_space}
         optimizer = {"optimizer_class": self.optimizer_class, "optimizer_kwargs": self.optimizer_kwargs}
         return {**spaces, **optimizer, **self._arguments, "lr_schedule": self._dummy_schedule}
-
-    def columns(self, observation: Any) -> Float[Tensor, "b o"]:
-        """Return flat columns of a batch of SB3's observation tensors, in the order of `learneddyn.spaces`."""
-        parts = preprocess_obs(observation, self.observation_space, normalize_images=False)
-        if isinstance(parts, dict):
-            return torch.cat([parts[key].flatten(1).float() for key in sorted(parts)], 1)
-        return parts.flatten(1).float()
 
     def forward(self, observation: Any, deterministic: bool = False) -> Float[Tensor, "b a"]:
         """Return actions in [-1, 1]."""
@@ -292,11 +319,11 @@ class OfflinePolicy(BasePolicy):
         obs = self.columns(observation)
         return self.actor.mode(obs) if deterministic else self.actor.sample(obs)
 
-    def follow(self, tau: float) -> None:
-        """Move the target nets towards the nets by the share ``tau``."""
+    def follow(self, tau: float, *names: str) -> None:
+        """Move the target nets (those of ``names``, or all) towards the nets by the share ``tau``."""
         with torch.no_grad():
-            for target, net in self._followed:
-                torch._foreach_lerp_(target, net, tau)
+            for name in names or self._followed:
+                torch._foreach_lerp_(*self._followed[name], tau)
 
 
 def _frozen_copy(fresh: Any, module: nn.Module) -> Any:
