@@ -75,8 +75,10 @@ def step_row(world: World, row: Row, action: Float32[np.ndarray, " a"], rng: tor
     if world.trust is not all_trusted:
         with torch.no_grad():  # some ask the model, which is faster where nobody asks for gradients
             trusted = finite and bool(world.trust(row.state(), _batch(action), after.state()).item())
-    if world.halt_reward is not None and not trusted:
+    if isinstance(world.halt_reward, float | int) and not trusted:
         return after, RowStep(world.halt_reward, True, True)
+    if world.halt_reward == "kept" and finite and not trusted:
+        return after, RowStep(reward, True, True)
     return after, RowStep(reward if finite else 0.0, bool(terminated and finite), trusted)
 
 

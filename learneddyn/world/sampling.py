@@ -100,7 +100,7 @@ class Heard:
     ) -> Outcome:
         """Ask one member per row."""
         both = getattr(self._dynamics, "sample_and_predict", None)
-        if both is None:
+        if both is None or obs is not self._obs or action is not self._action:
             return self._dynamics.sample(obs, action, member, rng, memory, noise=noise)
         outcome, prediction = both(obs, action, member, rng, memory, noise=noise)
         self._kept(prediction, obs, action)

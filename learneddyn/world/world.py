@@ -32,12 +32,13 @@ class World:
             and a learner bootstraps the value of a state nobody has seen). A number makes such a step a termination
             that pays it in place of the reward. It follows the pessimistic MDP of Kidambi, Rajeswaran, Netrapalli,
             Joachims, "MOReL: Model-Based Offline Reinforcement Learning" (2020), but pays once, where their absorbing
-            HALT state pays -kappa at every later step: choose ``-kappa / (1 - gamma)`` for the same value.
+            HALT state pays -kappa at every later step: choose ``-kappa / (1 - gamma)`` for the same value. "kept" makes
+            it a termination that pays its own reward; one that is not finite has none, and is left to the caller.
         sentinel: told of rows that diverge in `rollout` and `returns`, see `learneddyn.world.sentinel`.
 
     Raises:
         ValueError: the model is not fitted, neither task nor model answers reward or termination (models that are no
-            AbstractDynamics say so at the first step), or an unknown sampler.
+            AbstractDynamics say so at the first step), an unknown sampler, or a halt_reward of another kind.
     """
 
     def __init__(
@@ -49,13 +50,15 @@ class World:
         penalty: Penalty | None = None,
         penalty_weight: float = 0.0,
         trust: Trust = all_trusted,
-        halt_reward: float | None = None,
+        halt_reward: float | str | None = None,
         sentinel: Sentinel | None = None,
     ) -> None:
         if dynamics.spaces is None:
             raise ValueError(f"{type(dynamics).__name__} has not been fitted: call fit(data) or load a model first")
         if isinstance(sampler, str) and sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}, allowed are {sorted(SAMPLERS)} or a callable")
+        if isinstance(halt_reward, str) and halt_reward != "kept":
+            raise ValueError(f"halt_reward must be a number, 'kept' or None, got {halt_reward!r}")
         if isinstance(dynamics, AbstractDynamics):
             _require_heads(dynamics, task)
         if penalty_weight and penalty is None:
@@ -211,9 +214,11 @@ class World:
             after = after._replace(obs=torch.where(finite[:, None], outcome.next_obs, state.obs))
             reward = torch.where(finite, reward, torch.zeros_like(reward))
         terminated, trusted = self._terminated(after.obs, outcome), self.trust(state, action, after)
+        if self.halt_reward == "kept":
+            terminated, trusted = terminated | ~trusted, torch.ones_like(trusted)
         if finite is not None:
             terminated, trusted = terminated & finite, trusted & finite
-        if self.halt_reward is not None:
+        if isinstance(self.halt_reward, float | int):
             reward = torch.where(trusted, reward, self.halt_reward)
             terminated, trusted = terminated | ~trusted, torch.ones_like(trusted)
         return after, Step(reward, terminated, trusted), finite

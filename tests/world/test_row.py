@@ -33,6 +33,9 @@ WORLDS = {
     "halt": lambda: World(
         fitted(), task(), trust=within_box(torch.full((3,), -4.0), torch.full((3,), 4.0)), halt_reward=-7.0
     ),
+    "kept": lambda: World(
+        fitted(), task(), trust=within_box(torch.full((3,), -4.0), torch.full((3,), 4.0)), halt_reward="kept"
+    ),
     "bf16": lambda: World(fitted(precision="bf16"), task()),
 }
 
@@ -55,7 +58,7 @@ def test_a_row_steps_as_its_world(name):
         assert row.state().member.tolist() == state.member.tolist()
         state, seen = state._replace(obs=torch.from_numpy(row.obs[None])), seen | {ended[1:]}
     assert torch.equal(rng.get_state(), row_rng.get_state())
-    assert len(seen) > (name in ("heads", "task", "box", "halt"))
+    assert len(seen) > (name in ("heads", "task", "box", "halt", "kept"))
 
 
 def test_a_row_of_a_broken_model_stays_where_it_was():

@@ -169,6 +169,17 @@ def test_halting_turns_distrust_into_a_termination_with_its_own_reward():
     assert torch.equal(other.reward[:2], one.reward)
 
 
+def test_a_halted_step_may_keep_its_reward():
+    box = within_box(torch.tensor([-10.0]), torch.tensor([2.5]))
+    kept = World(Shifts([[1.0]]), task(), trust=box, halt_reward="kept")
+    rows = kept.rollout(torch.tensor([[0.0], [2.0], [torch.inf]]), still, 5, generator(0))
+    assert rows.next_obs[:, 0].tolist() == [1.0, 2.0, 3.0, 3.0]  # of a step that is not finite nothing is kept
+    assert rows.terminated.tolist() == [False, False, True, True]
+    assert torch.equal(rows.reward, rows.next_obs[:, 0])
+    with pytest.raises(ValueError, match="halt_reward must be a number, 'kept' or None"):
+        World(Shifts([[1.0]]), task(), halt_reward="own")
+
+
 def test_rollout_may_have_no_trusted_row_at_all():
     world = World(
         Shifts([[1.0]]), task(), trust=lambda state, action, after: torch.zeros(len(state.obs), dtype=torch.bool)
