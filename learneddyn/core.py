@@ -85,6 +85,10 @@ class Transitions:
         begins[1:] = self.episode[1:] != self.episode[:-1]
         return row - torch.where(begins, row, 0).cummax(dim=0).values
 
+    def labelled(self) -> Bool[Tensor, " n"]:
+        """Return which rows hold an action. A log of states alone holds NaN in every column of ``action``."""
+        return ~self.action.isnan().all(dim=1)
+
     def to(self, device: torch.device | str) -> "Transitions":
         """Return the same rows on another device."""
         return self._map(lambda tensor: tensor.to(device))
@@ -93,8 +97,11 @@ class Transitions:
         columns: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
         return replace(self, **columns)
 
-    def check(self) -> "Transitions":
+    def check(self, *, actions: bool = True) -> "Transitions":
         """Return self if it can be learned from.
+
+        Args:
+            actions: whether every row must hold an action, see `labelled`.
 
         Raises:
             DataError: there is no row, or a row holds NaN or infinity (names the column, the first row, the count).
@@ -103,6 +110,8 @@ class Transitions:
             raise DataError("the data set has no transitions (empty, or every episode has fewer than two observations)")
         for name in ("obs", "action", "reward", "next_obs"):
             finite = getattr(self, name).isfinite().reshape(len(self), -1).all(dim=1)
+            if name == "action" and not actions:
+                finite |= ~self.labelled()
             if not finite.all():
                 bad = (~finite).nonzero().flatten()
                 raise DataError(

@@ -3,7 +3,15 @@
 from learneddyn.data.collect import collect
 from learneddyn.data.grades import GradeNotReached, algorithm_class, collect_grade, load_agent
 from learneddyn.data.logs import from_arrays, from_csv, from_parquet
-from learneddyn.data.minari import DatasetExists, DatasetNotFound, load, save
+from learneddyn.data.minari import (
+    DatasetExists,
+    DatasetNotFound,
+    load,
+    load_action_free,
+    read_provenance,
+    save,
+    without_actions,
+)
 
 __all__ = [
     "DatasetExists",
@@ -16,6 +24,9 @@ __all__ = [
     "from_csv",
     "from_parquet",
     "load",
+    "load_action_free",
     "load_agent",
+    "read_provenance",
     "save",
+    "without_actions",
 ]

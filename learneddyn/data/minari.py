@@ -3,12 +3,18 @@
 Minari keeps an episode as T + 1 observations and T actions, rewards, terminations and truncations. A transition takes
 its next observation from inside its own episode, and ``terminated`` from the terminations only: a time-out is not an
 end. Saving is the exact inverse.
+
+Logs of states alone. Minari asks for actions in every episode, so a row without an action is written as NaN in every
+column, which a bounded Box of actions holds and every reader of Minari can read; `load_action_free` reads it, `load`
+refuses it. Episodes that were written with no actions at all (``EpisodeBuffer(actions=None)``, which Minari writes but
+cannot iterate over) are read the same way.
 """
 
 import re
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +29,7 @@ from minari.dataset.minari_storage import METADATA_FILE_NAME, MinariStorage
 from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage import get_dataset_path
 
-from learneddyn.core import DataError, Transitions
+from learneddyn.core import DataError, Json, Transitions
 from learneddyn.files import replaced_folder, surviving_folder
 from learneddyn.spaces import Spaces, decode, encode
 
@@ -60,12 +66,42 @@ def load(
         DataError: no transition, NaN or infinity, a damaged folder, or data sets of different spaces.
         ValueError: no id, or a malformed one.
     """
+    return _load_all(dataset_id, max_episodes, actions=True).to(device)
+
+
+def load_action_free(
+    dataset_id: str | Sequence[str], *, device: torch.device | str = "cpu", max_episodes: int | None = None
+) -> Transitions:
+    """Load Minari data sets some or all of whose rows hold no action; such rows hold NaN in ``action``.
+
+    `Transitions.labelled` tells the rows apart. Everything else is as in `load`.
+
+    Args:
+        dataset_id: ``(namespace/)name-v0``, or a sequence of such ids.
+        device: where the tensors shall live.
+        max_episodes: take the first so many episodes of each data set, all if None.
+
+    Raises:
+        DatasetNotFound: not local and not downloadable.
+        DataError: no transition, NaN or infinity elsewhere than in whole actions, a damaged folder, or data sets of
+            different spaces.
+        ValueError: no id, or a malformed one.
+    """
+    return _load_all(dataset_id, max_episodes, actions=False).to(device)
+
+
+def without_actions(data: Transitions) -> Transitions:
+    """Return the same rows with no action in any of them: NaN in every column."""
+    return replace(data, action=torch.full_like(data.action, torch.nan))
+
+
+def _load_all(dataset_id: str | Sequence[str], max_episodes: int | None, *, actions: bool) -> Transitions:
     ids = [dataset_id] if isinstance(dataset_id, str) else list(dataset_id)
     if not ids:
         raise ValueError("dataset_id must name at least one data set, got []")
     if max_episodes is not None and max_episodes < 1:
         raise ValueError(f"max_episodes must be at least 1 or None, got {max_episodes}")
-    return Transitions.cat([_load(name, max_episodes) for name in ids]).to(device)
+    return Transitions.cat([_load(name, max_episodes, actions) for name in ids])
 
 
 def save(
@@ -78,6 +114,8 @@ def save(
     description: str | None = None,
     author: str | None = None,
     seeds: Sequence[int | None] | None = None,
+    provenance: Json | None = None,
+    action_free: bool = False,
     overwrite: bool = False,
 ) -> minari.MinariDataset:
     """Write transitions as a Minari data set: `load` gives the same rows back, bit for bit, episodes numbered from 0.
@@ -94,6 +132,8 @@ def save(
         description: one sentence for the reader of the data set.
         author: who collected it.
         seeds: reset seed of each episode, in the order of the episodes.
+        provenance: where rows that no environment made come from, kept under "provenance" in Minari's metadata.
+        action_free: rows may hold no action (NaN in every column, see `without_actions`).
         overwrite: replace a data set of the same id.
 
     Raises:
@@ -105,7 +145,8 @@ def save(
     target = check_free(dataset_id, overwrite=overwrite)
     if transitions.spaces is None:
         raise DataError("saving needs the spaces: use dataclasses.replace(transitions, spaces=Spaces(obs, action))")
-    columns = {name: tensor.cpu().numpy() for name, tensor in transitions.check().tensors().items()}
+    transitions.check(actions=not action_free)
+    columns = {name: tensor.cpu().numpy() for name, tensor in transitions.tensors().items()}
     starts = _episode_starts(columns)
     if seeds is not None and len(seeds) != len(starts):
         raise ValueError(f"seeds must hold one entry per episode, got {len(seeds)} for {len(starts)} episodes")
@@ -119,6 +160,8 @@ def save(
         "description": description,
         "author": {author} if author else None,
         "eval_env_spec": eval_spec.to_json() if eval_spec else None,
+        "provenance": provenance,
+        "steps_without_action": int((~transitions.labelled()).sum()) or None,
     }
     namespace = dataset_id.rpartition("/")[0]
     if namespace and namespace not in list_local_namespaces():
@@ -134,6 +177,19 @@ def save(
         storage.update_metadata({key: value for key, value in metadata.items() if value is not None})
         storage.update_episodes(_buffers(columns, starts, transitions.spaces, seeds))
     return minari.MinariDataset(target / "data")
+
+
+def read_provenance(dataset_id: str) -> Json | None:
+    """Return what `save` was told about where a local data set comes from, None where it was told nothing.
+
+    Raises:
+        DatasetNotFound: there is no such data set on this machine.
+        ValueError: a malformed id.
+    """
+    folder = surviving_folder(_folder(dataset_id))
+    if not (folder / "data" / METADATA_FILE_NAME).exists():
+        raise DatasetNotFound(f"data set '{dataset_id}' is not at {folder}")
+    return MinariStorage.read_raw_metadata(folder / "data").get("provenance")
 
 
 def check_free(dataset_id: str, *, overwrite: bool = False) -> Path:
@@ -160,16 +216,14 @@ def _folder(dataset_id: str) -> Path:
     return get_dataset_path(dataset_id)
 
 
-def _load(dataset_id: str, max_episodes: int | None) -> Transitions:
+def _load(dataset_id: str, max_episodes: int | None, actions: bool) -> Transitions:
     folder = surviving_folder(_folder(dataset_id))
     if not (folder / "data" / METADATA_FILE_NAME).exists():
         _download(dataset_id, folder)
     try:
         dataset = minari.MinariDataset(folder / "data")
         spaces = Spaces(dataset.observation_space, dataset.action_space)
-        episodes = [
-            _episode(episode, spaces) for episode in dataset.iterate_episodes(range(len(dataset))[:max_episodes])
-        ]
+        episodes = [_episode(episode, spaces) for episode in _episodes(dataset, range(len(dataset))[:max_episodes])]
     except (OSError, KeyError, ValueError) as error:
         raise DataError(
             f"data set '{dataset_id}' at {folder} cannot be read ({error}); delete it and fetch it again"
@@ -177,7 +231,7 @@ def _load(dataset_id: str, max_episodes: int | None) -> Transitions:
     whole = [episode for episode in episodes if len(episode["reward"])]
     if len(whole) < len(episodes):
         count = f"{len(episodes) - len(whole)} of {len(episodes)}"
-        warnings.warn(f"{count} episodes of '{dataset_id}' have no transition and are left out", stacklevel=3)
+        warnings.warn(f"{count} episodes of '{dataset_id}' have no transition and are left out", stacklevel=4)
     if not whole:
         raise DataError(f"data set '{dataset_id}' at {folder} has no transition in any of its {len(episodes)} episodes")
     if max_episodes is None and (rows := sum(len(e["reward"]) for e in whole)) != dataset.total_steps:
@@ -187,17 +241,52 @@ def _load(dataset_id: str, max_episodes: int | None) -> Transitions:
     columns: dict[str, Any] = {name: np.concatenate([episode[name] for episode in whole]) for name in whole[0]}
     number = np.repeat(np.arange(len(whole)), [len(episode["reward"]) for episode in whole])
     data = Transitions.from_numpy(**columns, episode=number, spaces=spaces, source=dataset_id)
+    missing = int((~data.labelled()).sum())
+    if actions and missing:
+        raise DataError(
+            f"data set '{dataset_id}' holds no action in {missing} of its {len(data)} steps: load it with "
+            "learneddyn.data.load_action_free, and label it with learneddyn.offline.semi_supervised"
+        )
     try:
-        return data.check()
+        return data.check(actions=actions)
     except DataError as error:
         raise DataError(f"data set '{dataset_id}': {error}") from error
+
+
+def _episodes(dataset: minari.MinariDataset, numbers: range) -> Iterator[minari.EpisodeData]:
+    """Yield episodes; ``actions`` is None where none were written, which Minari's own reader takes for damage."""
+    done = 0
+    while done < len(numbers):
+        try:
+            for episode in dataset.iterate_episodes(numbers[done:]):
+                done += 1
+                yield episode
+        except KeyError as error:
+            if dataset.storage.FORMAT != "hdf5" or "actions" not in str(error):
+                raise
+            yield _states_alone(dataset.storage, numbers[done])
+            done += 1
+
+
+def _states_alone(storage: Any, number: int) -> minari.EpisodeData:
+    import h5py
+
+    with h5py.File(storage.data_path / "main_data.hdf5") as file:
+        group = file[f"episode_{number}"]
+        observations = storage._decode_space(group["observations"], storage.observation_space)
+        rest = {key: group[key][:] for key in ("rewards", "terminations", "truncations")}
+    return minari.EpisodeData(id=number, observations=observations, actions=None, infos={}, **rest)
 
 
 def _episode(episode: minari.EpisodeData, spaces: Spaces) -> dict[str, np.ndarray]:
     rows = len(episode.rewards)
     if rows == 0:
         return {"reward": np.empty(0, np.float32)}
-    obs, action = encode(spaces.observation, episode.observations), encode(spaces.action, episode.actions)
+    obs = encode(spaces.observation, episode.observations)
+    if episode.actions is None:
+        action = np.full((rows, spaces.action_dim), np.nan, np.float32)
+    else:
+        action = encode(spaces.action, episode.actions)
     if (len(obs), len(action)) != (rows + 1, rows):
         raise ValueError(f"episode {episode.id}: {len(obs)} observations, {len(action)} actions, {rows} rewards")
     return {
@@ -276,6 +365,6 @@ def _buffers(
 
 def _exact(space: gym.Space[Any], flat: np.ndarray, name: str, episode: int) -> Any:
     batch = decode(space, flat)
-    if not np.array_equal(encode(space, batch), flat):
+    if not np.array_equal(encode(space, batch), flat, equal_nan=True):
         raise DataError(f"{name} of episode {episode} holds values that {space} cannot hold exactly")
     return batch

@@ -1,8 +1,9 @@
-"""Learned dynamics: p(next_obs, reward, terminated | obs, action)."""
+"""Learned dynamics: p(next_obs, reward, terminated | obs, action); and inverse dynamics, p(action | states)."""
 
-from learneddyn.models.base import AbstractDynamics, FitReport, ModelFileError, blueprint, from_blueprint
+from learneddyn.models.base import AbstractDynamics, AbstractModel, FitReport, ModelFileError, blueprint, from_blueprint
 from learneddyn.models.ensemble import ProbabilisticEnsemble
 from learneddyn.models.hybrid import Hybrid
+from learneddyn.models.inverse import InverseDynamics
 from learneddyn.models.koopman import Koopman
 from learneddyn.models.plrnn import PLRNN
 from learneddyn.models.sindy import SINDy
@@ -11,8 +12,10 @@ from learneddyn.models.weighting import distance_weights, value_weights
 __all__ = [
     "PLRNN",
     "AbstractDynamics",
+    "AbstractModel",
     "FitReport",
     "Hybrid",
+    "InverseDynamics",
     "Koopman",
     "ModelFileError",
     "ProbabilisticEnsemble",

@@ -1,4 +1,4 @@
-"""What every learned dynamics model shares: fit, predict, sample, and a file format that nothing has to unpickle."""
+"""What every learned model shares: fit, and a file format that nothing has to unpickle; and what dynamics add to it."""
 
 import hashlib
 import importlib
@@ -22,7 +22,7 @@ from learneddyn.files import replaced_folder, surviving_folder, write_file
 from learneddyn.spaces import Spaces
 
 FORMAT = 1
-Model = TypeVar("Model", bound="AbstractDynamics")
+Model = TypeVar("Model", bound="AbstractModel")
 
 
 class ModelFileError(ValueError):
@@ -39,26 +39,20 @@ class FitReport:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-class AbstractDynamics(nn.Module, ABC):
-    """p(next_obs, reward, terminated | obs, action), learned from Transitions.
+class AbstractModel(nn.Module, ABC):
+    """A model that is learned from Transitions and kept in a folder.
 
     The constructor takes hyper-parameters only, all of them JSON values; sizes come from the data at `fit`. Subclasses
-    implement `fit`, `predict`, `sample` and `_build`, which creates the parameters once the spaces are known.
+    implement `fit` and `_build`, which creates the parameters once the spaces are known.
     """
 
     spaces: Spaces | None
     source: str
-    num_members: int
 
     def __init__(self) -> None:
         super().__init__()
         self.spaces = None
         self.source = ""
-
-    @property
-    @abstractmethod
-    def elites(self) -> Int[Tensor, " k"]:
-        """Indices of the members that rollouts may use."""
 
     @abstractmethod
     def _build(self, spaces: Spaces) -> None:
@@ -70,25 +64,6 @@ class AbstractDynamics(nn.Module, ABC):
 
         The first call makes the parameters on the data's device, where ``rng`` must be too.
         """
-
-    @abstractmethod
-    def predict(
-        self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Float[Tensor, "b m"] | None = None
-    ) -> Prediction:
-        """Ask every member."""
-
-    @abstractmethod
-    def sample(
-        self,
-        obs: Float[Tensor, "b o"],
-        action: Float[Tensor, "b a"],
-        member: Int[Tensor, " b"],
-        rng: torch.Generator,
-        memory: Float[Tensor, "b m"] | None = None,
-        *,
-        noise: bool = True,
-    ) -> Outcome:
-        """Ask one member per row: the fast path of every rollout."""
 
     def config(self) -> Json:
         """Return the constructor's arguments, read back from the attributes of the same names."""
@@ -106,8 +81,7 @@ class AbstractDynamics(nn.Module, ABC):
         """
         if self.spaces is None:
             raise ModelFileError(f"{type(self).__name__} has not been fitted: there is nothing to save")
-        target = Path(folder)
-        blob = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()})
+        target, blob = Path(folder), self._blob()
         card = {
             "format": FORMAT,
             "class": f"{type(self).__module__}.{type(self).__qualname__}",
@@ -121,9 +95,16 @@ class AbstractDynamics(nn.Module, ABC):
             write_file(fresh / "model.safetensors", blob)
             write_file(fresh / "model.json", json.dumps(card, indent=2).encode())
 
+    def digest(self) -> str:
+        """Return the SHA-256 of the weights in hexadecimal, the one that `save` writes into ``model.json``."""
+        return hashlib.sha256(self._blob()).hexdigest()
+
+    def _blob(self) -> bytes:
+        return save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()})
+
     @classmethod
     def load(cls: type[Model], folder: str | Path, device: torch.device | str = "cpu") -> Model:
-        """Read a folder written by `save`; ``AbstractDynamics.load`` returns whatever class the folder holds.
+        """Read a folder written by `save`; ``AbstractModel.load`` returns whatever class the folder holds.
 
         Raises:
             ModelFileError: missing, truncated, of another format version, of another class, or not fitting that class.
@@ -170,6 +151,39 @@ class AbstractDynamics(nn.Module, ABC):
             raise ValueError(f"this model was fitted on {self.spaces}, the data has {data.spaces}")
         self.source = data.source
         return self.spaces
+
+
+class AbstractDynamics(AbstractModel):
+    """p(next_obs, reward, terminated | obs, action), learned from Transitions.
+
+    Subclasses implement `predict` and `sample` besides what `AbstractModel` asks for.
+    """
+
+    num_members: int
+
+    @property
+    @abstractmethod
+    def elites(self) -> Int[Tensor, " k"]:
+        """Indices of the members that rollouts may use."""
+
+    @abstractmethod
+    def predict(
+        self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Float[Tensor, "b m"] | None = None
+    ) -> Prediction:
+        """Ask every member."""
+
+    @abstractmethod
+    def sample(
+        self,
+        obs: Float[Tensor, "b o"],
+        action: Float[Tensor, "b a"],
+        member: Int[Tensor, " b"],
+        rng: torch.Generator,
+        memory: Float[Tensor, "b m"] | None = None,
+        *,
+        noise: bool = True,
+    ) -> Outcome:
+        """Ask one member per row: the fast path of every rollout."""
 
 
 def blueprint(model: AbstractDynamics) -> Json:
