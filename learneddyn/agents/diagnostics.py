@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from learneddyn.core import ActionFn, Dynamics, Penalty, State, Transitions
-from learneddyn.world import PENALTIES, World, mean
+from learneddyn.world import PENALTIES, Divergence, World, mean
 
 MOST = 2000
 """Rows that an estimate of a mean looks at: its cost must not grow with the imagination."""
@@ -67,6 +67,28 @@ class Stopwatch:
         """Return every section's share of the time measured."""
         total = sum(self.seconds.values()) or 1.0
         return {f"time/{section}_share": seconds / total for section, seconds in self.seconds.items()}
+
+
+class Alarm:
+    """A sentinel (`learneddyn.world.sentinel`) that warns once: a broken model diverges at every step.
+
+    Args:
+        consequence: what becomes of such rows, for the message.
+    """
+
+    def __init__(self, consequence: str) -> None:
+        self.consequence = consequence
+        self.begin("")
+
+    def begin(self, when: str) -> None:
+        """Warn of the next divergence again, with ``when`` before its name."""
+        self._when, self._silent = when, False
+
+    def __call__(self, divergence: Divergence) -> None:
+        """Warn, unless it has been done since `begin`."""
+        if not self._silent:
+            warnings.warn(f"{self._when}{divergence}; {self.consequence}", RuntimeWarning, stacklevel=2)
+            self._silent = True
 
 
 def change_scale(data: Transitions) -> Float[Tensor, " o"]:
@@ -177,39 +199,6 @@ def return_gap(
     rows = plain.rollout(fresh.obs[starts], policy, depth, rng)
     imagined = torch.zeros_like(real).index_add_(0, rows.episode, rows.reward.double())
     return {"imagined/return": float(imagined.mean()), "real/return": float(real.mean())}
-
-
-@torch.no_grad()
-def warn_of_divergence(
-    world: World, policy: ActionFn, starts: Float[Tensor, "b o"], rows: Transitions, length: int
-) -> None:
-    """Name the member and the step where rollouts stopped because the model gave no finite number.
-
-    Such rows are no part of ``rows`` (a World does not trust them); a warning tells that the model is broken.
-    """
-    lengths = torch.bincount(rows.episode, minlength=len(starts))
-    ended = torch.zeros_like(lengths, dtype=torch.bool)
-    ended[rows.episode[rows.terminated]] = True
-    stopped = ((lengths < length) & ~ended).nonzero().flatten()
-    if not len(stopped):
-        return
-    last = torch.cat([starts, rows.next_obs])
-    # Rows are grouped by episode: the last one of an episode stands at the cumulated lengths, less one.
-    index = torch.where(lengths > 0, len(starts) + lengths.cumsum(0) - 1, torch.arange(len(starts), device=last.device))
-    obs = last[index[stopped]]
-    prediction = world.dynamics.predict(obs, policy(obs))
-    heads = [prediction.mean, prediction.std]
-    heads += [] if prediction.reward_mean is None else [prediction.reward_mean[..., None]]
-    finite = torch.cat(heads, dim=2).isfinite().all(dim=2)
-    if not bool(finite.all()):
-        member, row = (~finite).nonzero()[0].tolist()
-        warnings.warn(
-            f"member {member} of the model predicts a non-finite step at imagined step "
-            f"{int(lengths[stopped[row]]) + 1}; {len(stopped)} of {len(starts)} rollouts stopped, their last step is "
-            "left out",
-            RuntimeWarning,
-            stacklevel=3,
-        )
 
 
 def _remaining(data: Transitions) -> Int[Tensor, " n"]:

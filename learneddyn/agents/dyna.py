@@ -38,18 +38,12 @@ from torch import Tensor
 
 from learneddyn import tasks
 from learneddyn.agents.buffer import DeviceReplayBuffer
-from learneddyn.agents.diagnostics import (
-    Stopwatch,
-    imagination_figures,
-    model_error,
-    warn_of_divergence,
-    window_figures,
-)
+from learneddyn.agents.diagnostics import Alarm, Stopwatch, imagination_figures, model_error, window_figures
 from learneddyn.agents.episodes import Episodes
 from learneddyn.core import ActionFn, Task, Transitions, generator
 from learneddyn.models import AbstractDynamics, FitReport, ProbabilisticEnsemble, blueprint, from_blueprint
 from learneddyn.spaces import Spaces
-from learneddyn.world import Sampler, World
+from learneddyn.world import Sampler, Sentinel, World
 
 EPOCH = 1000
 """Real steps of an epoch: the unit of the schedule of rollout lengths and of the pool's capacity."""
@@ -92,13 +86,15 @@ class Dyna(OffPolicyAlgorithm):
             algorithms whose policy is deterministic.
         learning_starts: random real steps before the first fit.
         gradient_steps: updates per real step.
+        sentinel: told when the model diverges in imagination; by default a warning, once an imagination, that names
+            the member and the step. `learneddyn.world.strict` raises.
         diagnose: log what `learneddyn.agents.diagnostics` measures; it changes nothing of what is learned.
         **kwargs: see the algorithm.
 
     Raises:
         ValueError: an argument outside its range, spaces that are not flat Boxes, a VecNormalize, n-step returns,
-            another replay buffer, or (at the first fit) a task that contradicts the environment's own rewards or
-            terminations.
+            another replay buffer, a model fitted in other spaces, or (at the first fit) a task that contradicts the
+            environment's own rewards or terminations.
         UnknownTask: no task is given or known for the environment.
     """
 
@@ -122,6 +118,7 @@ class Dyna(OffPolicyAlgorithm):
         imagination_noise: float = 0.0,
         learning_starts: int = 5000,
         gradient_steps: int = 20,
+        sentinel: Sentinel | None = None,
         diagnose: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -139,7 +136,7 @@ class Dyna(OffPolicyAlgorithm):
             raise ValueError(f"replay_buffer_class must be DeviceReplayBuffer, got {kwargs['replay_buffer_class']}")
         self.task, self.real_ratio, self.refit_every, self.rollout_batch = task, real_ratio, refit_every, rollout_batch
         self.schedule, self.retain, self.sampler = tuple(schedule), retain, sampler
-        self.imagination_noise, self.diagnose = imagination_noise, diagnose
+        self.imagination_noise, self.sentinel, self.diagnose = imagination_noise, sentinel, diagnose
         self.world: World | None = None
         self.figures: dict[str, float] = {}
         """Latest diagnostics, under their logger keys."""
@@ -147,6 +144,7 @@ class Dyna(OffPolicyAlgorithm):
         self._dynamics_card: dict[str, Any] | None = None
         self._fitted_at = self._next_refit = 0
         self.watch = Stopwatch()
+        self._alarm = Alarm("these rollouts stop before it")
         self.episodes: Episodes | None = None
         kwargs |= {"learning_starts": learning_starts, "gradient_steps": gradient_steps}
         super().__init__(policy, env, *args, **kwargs)
@@ -182,6 +180,8 @@ class Dyna(OffPolicyAlgorithm):
             self._dynamics = default_dynamics(self.task) if card is None else from_blueprint(card, self.spaces)
         self._dynamics.to(self.device)
         if self._dynamics.spaces is not None:
+            if self._dynamics.spaces != self.spaces:
+                raise ValueError(f"the model was fitted in {self._dynamics.spaces}, the environment has {self.spaces}")
             self.world = self.make_world()
         low, high = self.action_space.low.reshape(-1), self.action_space.high.reshape(-1)
         self._low = torch.as_tensor(low, device=self.device, dtype=torch.float32)
@@ -190,7 +190,7 @@ class Dyna(OffPolicyAlgorithm):
     def make_world(self) -> World:
         """Return the world that imagines, around the fitted model."""
         assert self.task is not None
-        return World(self.dynamics, self.task, sampler=self.sampler)
+        return World(self.dynamics, self.task, sampler=self.sampler, sentinel=self.sentinel or self._alarm)
 
     def imagination_policy(self, world: World) -> ActionFn:
         """Return how imagined rows act: flat observations to flat actions, both in environment units."""
@@ -262,6 +262,7 @@ class Dyna(OffPolicyAlgorithm):
         if capacity != pool.capacity:
             pool.resize(capacity)
         self.policy.set_training_mode(False)
+        self._alarm.begin(f"after {self.num_timesteps} real steps: ")
         with self.watch("imagine"):
             starts = self.replay_buffer.real.sample(self.rollout_batch, self.rng).obs
             policy = self.imagination_policy(self.world)
@@ -270,7 +271,6 @@ class Dyna(OffPolicyAlgorithm):
         if self.diagnose:
             with self.watch("diagnose"), _untouched(self.rng):
                 self._log(imagination_figures(self.world, rows))
-                warn_of_divergence(self.world, policy, starts, rows, length)
         self._log({"imagined/length": length, "imagined/rows": len(pool)} | self.watch.shares())
         self.on_imagined(rows)
         return rows
@@ -304,8 +304,9 @@ class Dyna(OffPolicyAlgorithm):
             *range((first // self.refit_every + 1) * self.refit_every, total_timesteps + 1, self.refit_every),
         ]
         lengths = [rollout_length(self.schedule, step // EPOCH) for step in fits if step <= total_timesteps]
+        per_step = self.gradient_steps if self.gradient_steps >= 0 else 1  # SB3: -1 asks for one per real step
         return {
-            "updates": max(0, total_timesteps - self.learning_starts) * self.gradient_steps,
+            "updates": max(0, total_timesteps - self.learning_starts) * per_step,
             "fits": len(lengths),
             "imagined_steps": sum(lengths) * self.rollout_batch,
         }
@@ -386,7 +387,7 @@ class Dyna(OffPolicyAlgorithm):
         super().save(path, *args, **kwargs)
 
     def _excluded_save_params(self) -> list[str]:
-        mine = ["world", "rng", "watch", "spaces", "episodes", "_dynamics", "_low", "_range"]
+        mine = ["world", "rng", "watch", "_alarm", "spaces", "episodes", "_dynamics", "_low", "_range"]
         return [*super()._excluded_save_params(), *mine]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

@@ -17,7 +17,6 @@ import importlib
 import inspect
 import json
 import time
-import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +31,7 @@ from stable_baselines3.common.utils import is_vectorized_observation, safe_mean
 
 import learneddyn
 from learneddyn import tasks
-from learneddyn.agents.diagnostics import Stopwatch, change_scale, depth_error, imagination_figures, model_error
+from learneddyn.agents.diagnostics import Alarm, Stopwatch, change_scale, depth_error, imagination_figures, model_error
 from learneddyn.agents.foresight import relive
 from learneddyn.agents.mpc import MPC
 from learneddyn.core import Json, Task, Transitions, generator
@@ -41,7 +40,7 @@ from learneddyn.files import replaced_folder, surviving_folder, write_file
 from learneddyn.models import AbstractDynamics, ProbabilisticEnsemble
 from learneddyn.planners import CEM, AbstractPlanner, CategoricalCEM
 from learneddyn.spaces import Spaces, encode
-from learneddyn.world import Divergence, Sentinel, World
+from learneddyn.world import Sentinel, World
 
 FORMAT = 1
 Agent = TypeVar("Agent", bound="PETS")
@@ -139,7 +138,7 @@ class PETS(BaseAlgorithm):
         self.watch = Stopwatch()
         self.mpc: MPC | None = None
         self._rows: list[tuple[np.ndarray, ...]] = []
-        self._divergence: Divergence | None = None
+        self._alarm = Alarm("plans that lead there are not chosen")
         self._setup_model()
 
     @property
@@ -160,7 +159,7 @@ class PETS(BaseAlgorithm):
 
     def make_world(self) -> World:
         """Return the world to plan in, around the fitted model."""
-        return World(self.dynamics, self.task, sampler=self.sampler, sentinel=self.sentinel or self._warn)
+        return World(self.dynamics, self.task, sampler=self.sampler, sentinel=self.sentinel or self._alarm)
 
     def predict(
         self,
@@ -241,7 +240,8 @@ class PETS(BaseAlgorithm):
         """Play one episode, or as much of it as ``total`` allows; False where a callback wants to stop."""
         env = self.env
         assert env is not None
-        self._divergence, self._rows = None, []
+        self._rows = []
+        self._alarm.begin(f"trial {self.trials + 1}: ")
         chance = copy.deepcopy(self.action_space)
         chance.seed(self._stream("act"))
         env.seed(self._stream("reset"))
@@ -322,12 +322,6 @@ class PETS(BaseAlgorithm):
 
     def _rng(self, purpose: str) -> torch.Generator:
         return generator(self._stream(purpose), self.device)
-
-    def _warn(self, divergence: Divergence) -> None:
-        if self._divergence is None:
-            told = f"trial {self.trials + 1}: {divergence}; plans that lead there are not chosen"
-            warnings.warn(told, RuntimeWarning, stacklevel=2)
-            self._divergence = divergence
 
     def _log(self, figures: dict[str, Any]) -> None:
         for name, value in figures.items():

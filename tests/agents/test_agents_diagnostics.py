@@ -8,18 +8,18 @@ import torch
 from learneddyn import tasks
 from learneddyn.agents import MBPO
 from learneddyn.agents.diagnostics import (
+    Alarm,
     Stopwatch,
     change_scale,
     depth_error,
     imagination_figures,
     model_error,
     return_gap,
-    warn_of_divergence,
 )
 from learneddyn.core import Outcome, Prediction, Task, Transitions, generator
 from learneddyn.models import ProbabilisticEnsemble
 from learneddyn.spaces import Spaces
-from learneddyn.world import World
+from learneddyn.world import Divergence, ModelDiverged, World, strict
 from learneddyn.world.truth import TruthDynamics
 
 SPACES = Spaces(gym.spaces.Box(-math.inf, math.inf, (2,)), gym.spaces.Box(-1, 1, (1,)))
@@ -121,23 +121,13 @@ def test_disagreement_is_the_uncertainty_of_imagined_rows():
     assert imagination_figures(World(Drift(), TASK), data[:0]) == {}
 
 
-def test_a_model_that_diverges_is_named():
-    class Broken(Drift):
-        def predict(self, obs, action, memory=None):
-            said = super().predict(obs, action, memory)
-            said.mean[1, obs[:, 0] > 1.2] = math.inf
-            return said
-
-        def sample(self, obs, action, member, rng, memory=None, *, noise=True):
-            return Outcome(self.predict(obs, action).mean[1])
-
-    world = World(Broken(), TASK)
-    starts, policy = torch.zeros(4, 2), lambda obs: torch.full((len(obs), 1), 0.5)
-    rows = world.rollout(starts, policy, 6, generator(0))
-    assert bool(rows.next_obs.isfinite().all())
-    with pytest.warns(RuntimeWarning, match=r"member 1 of the model .* imagined step 4; 4 of 4 rollouts"):
-        warn_of_divergence(world, policy, starts, rows, 6)
-    warn_of_divergence(world, policy, starts, world.rollout(starts, policy, 3, generator(0)), 3)
+def test_an_alarm_rings_once_until_it_is_set_again():
+    alarm = Alarm("so what")
+    for when in ("first: ", "second: "):
+        alarm.begin(when)
+        with pytest.warns(RuntimeWarning, match=f"^{when}member 1 of the model left .* at step 4 .*; so what$"):
+            alarm(Divergence(4, (1,), 2, 8))
+        alarm(Divergence(5, (0,), 2, 8))  # a warning would be an error
 
 
 def test_an_agent_warns_of_a_broken_model():
@@ -146,13 +136,19 @@ def test_an_agent_warns_of_a_broken_model():
             with torch.no_grad():
                 self.dynamics.biases[-1][self.dynamics.elites[0]] = math.inf
 
-    model = ProbabilisticEnsemble(num_members=3, num_elites=2, hidden=[8], max_epochs=1)
-    agent = Breaks("MlpPolicy", gym.make("Pendulum-v1"), model=model, rollout_batch=40, learning_starts=100, seed=0)
-    with pytest.warns(RuntimeWarning, match=r"20 of 40 rollouts stopped"):
+    def made(**changes) -> Breaks:
+        model = ProbabilisticEnsemble(num_members=3, num_elites=2, hidden=[8], max_epochs=1)
+        given = {"model": model, "rollout_batch": 40, "learning_starts": 100, "gradient_steps": 1, "seed": 0} | changes
+        return Breaks("MlpPolicy", gym.make("Pendulum-v1"), device="cpu", **given)
+
+    agent = made()
+    with pytest.warns(RuntimeWarning, match=r"after 101 real steps: member \d of the model .* step 1 .* of 40 rows"):
         agent.learn(101)
     pool = agent.replay_buffer.imagined
-    assert len(pool) == 20
+    assert 0 < len(pool) < 40
     assert bool(pool.rows().isfinite().all())
+    with pytest.raises(ModelDiverged, match="left the finite numbers at step 1"):
+        made(sentinel=strict).learn(101)
 
 
 def test_a_section_inside_another_pauses_it():
