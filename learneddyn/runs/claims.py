@@ -23,6 +23,7 @@ from learneddyn.core import Json
 from learneddyn.evaluation.report import versions
 from learneddyn.evaluation.stats import Estimate
 from learneddyn.files import replace_file, write_file
+from learneddyn.runs.cells import spent
 from learneddyn.runs.folder import RunFolder
 from learneddyn.runs.seeds import Notify, for_each_seed
 
@@ -66,6 +67,9 @@ class Claim:
         draw: turns the figures of all seeds into a picture.
         seeds: at least three.
         notes: what was tried where a claim fails; what a reader should know.
+        table: turns the figures of all seeds into a Markdown table, where findings alone do not show them all.
+        cells: ``measure`` keeps its figures in `learneddyn.runs.cells`, each beside its settings. It is asked again on
+            every resume, and what the experiment's file says otherwise may change between runs.
     """
 
     name: str
@@ -77,6 +81,8 @@ class Claim:
     draw: Callable[[dict[int, Json]], Figure]
     seeds: tuple[int, ...] = (0, 1, 2)
     notes: str = ""
+    table: Callable[[dict[int, Json]], str] | None = None
+    cells: bool = False
 
 
 def run_claim(
@@ -95,7 +101,8 @@ def run_claim(
         out: folder of all experiments.
         seeds: by default the claim's own.
         workers: processes at once, by default one per core.
-        resume: keep the seeds that are there; they must come from the same experiment file and seeds.
+        resume: keep the seeds that are there; they must come from the same experiment file and seeds (with cells: keep
+            the cells that have the same settings).
         progress: show one line per seed.
 
     Raises:
@@ -103,11 +110,13 @@ def run_claim(
     """
     chosen = list(claim.seeds if seeds is None else seeds)
     source = inspect.getsource(inspect.getmodule(claim.measure) or claim.measure)
-    settings = {"claim": claim.name, "seeds": chosen, "source": hashlib.sha256(source.encode()).hexdigest()}
+    settings = {"claim": claim.name, "seeds": chosen}
+    settings |= {} if claim.cells else {"source": hashlib.sha256(source.encode()).hexdigest()}
     folder = RunFolder(Path(out) / claim.name, settings, resume=resume)
     for seed in chosen:
         folder.child(f"seed-{seed}")
-    measured = for_each_seed(partial(_measured, claim.measure, folder.path), chosen, workers=workers, progress=progress)
+    work = partial(_measured, claim.measure, claim.cells, folder.path)
+    measured = for_each_seed(work, chosen, workers=workers, progress=progress)
     figures = {seed: entry["figures"] for seed, entry in measured.items()}
     findings = claim.findings(figures)
     folder.write(
@@ -118,6 +127,7 @@ def run_claim(
             "claim": claim.claim,
             "setting": claim.setting,
             "notes": claim.notes,
+            "table": claim.table(figures) if claim.table else "",
             "findings": [finding.to_json() for finding in findings],
             "seconds": {str(seed): entry["seconds"] for seed, entry in measured.items()},
             "figures": {str(seed): entry for seed, entry in figures.items()},
@@ -161,14 +171,15 @@ def panels(count: int = 1, *, width: float = 3.6, height: float = 2.8) -> tuple[
     return figure, axes
 
 
-def _measured(measure: Measure, folder: Path, seed: int, notify: Notify) -> Json:
+def _measured(measure: Measure, cells: bool, folder: Path, seed: int, notify: Notify) -> Json:
     """Play one seed, or read it where it has been played; runs in a process of its own."""
     home = folder / f"seed-{seed}"
     done = home / "figures.json"
-    if not done.exists():
+    if cells or not done.exists():
         begun, busy = time.perf_counter(), time.process_time()
         figures = measure(seed, home, notify)
         seconds = {"wall": round(time.perf_counter() - begun, 1), "cpu": round(time.process_time() - busy, 1)}
+        seconds = spent(home) if cells else seconds
         entry = {"figures": figures, "seconds": seconds}
         replace_file(done, json.dumps(entry, allow_nan=False).encode())
     return json.loads(done.read_text())
@@ -203,6 +214,7 @@ def _page(results: list[dict[str, Any]]) -> str:
             "",
             f"**Here.** {result['setting']} CPU seconds per seed: {seconds}.",
             *(["", f"**Notes.** {result['notes']}"] if result["notes"] else []),
+            *(["", result["table"]] if result.get("table") else []),
             "",
             f"![{result['name']}](reproduce/{result['name']}.png)",
         ]
