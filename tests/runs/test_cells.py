@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from learneddyn.core import Json
 from learneddyn.evaluation import Estimate
 from learneddyn.runs import Notify
-from learneddyn.runs.seeds import silent
 from learneddyn.runs.cells import FAILED, Cells, spent
 from learneddyn.runs.claims import Claim, Finding, panels, publish, run_claim
+from learneddyn.runs.seeds import silent
 
 PLAYED: list[str] = []
 
