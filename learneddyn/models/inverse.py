@@ -283,7 +283,7 @@ class InverseDynamics(AbstractModel):
             rows = torch.randint(len(windows), shape, generator=rng, device=windows.device)
             loss = self._likelihood(*self._networks(windows[rows], rng), action[rows]).sum()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             if update % self.check_every and update < self.updates:
                 continue

@@ -37,6 +37,8 @@ With its own weight at 0 (RAVL: with two critics) each is MBPO, bit for bit, and
 hold both. A method of your own is another choice of parts: ``OfflineMBPO("MlpPolicy", data, penalty="ensemble_std",
 penalty_weight=2.0, n_critics=10, diversity=1.0)``; a new selector is a `learneddyn.world.Sampler`, a new penalty a
 `learneddyn.core.Penalty`.
+
+Logs whose actions are missing in part or for the most part go through `semi_supervised` (ss_orl.py) first.
 """
 
 from learneddyn.offline.base import Cosine, Diverged, OfflineAlgorithm
@@ -46,6 +48,7 @@ from learneddyn.offline.model_based import COMBO, MOBILE, MOPO, RAVL, MOReL, Off
 from learneddyn.offline.policy import OfflinePolicy
 from learneddyn.offline.rambo import RAMBO
 from learneddyn.offline.sac import CQL, EDAC, SACN, OfflineSAC
+from learneddyn.offline.ss_orl import ProxyLabelled, hide_actions, semi_supervised
 from learneddyn.offline.td3 import TD3BC, OfflineTD3, ReBRAC
 
 __all__ = [
@@ -68,5 +71,8 @@ __all__ = [
     "OfflinePolicy",
     "OfflineSAC",
     "OfflineTD3",
+    "ProxyLabelled",
     "ReBRAC",
+    "hide_actions",
+    "semi_supervised",
 ]

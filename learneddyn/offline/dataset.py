@@ -6,7 +6,7 @@ from dataclasses import replace
 import gymnasium as gym
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from learneddyn import tasks
@@ -27,8 +27,9 @@ def read(data: Data, task: Task | str | None = None, *, rewards: bool = True) ->
         rewards: whether the learner learns from rewards.
 
     Raises:
-        DataError: no actions, NaN or infinity, no spaces, an action space that is no bounded Box, actions outside it, a
-            single episode, rewards that are all equal, or no terminal flag where the task has terminal states.
+        DataError: rows without an action, NaN or infinity, no spaces, an action space that is no bounded Box, actions
+            outside it, a single episode, rewards that are all equal, or no terminal flag where the task has terminal
+            states.
         DatasetNotFound: a Minari id that is neither here nor to be had.
         UnknownTask: a task id nobody registered.
     """
@@ -42,8 +43,11 @@ def read(data: Data, task: Task | str | None = None, *, rewards: bool = True) ->
 def check(data: Transitions, task: Task | None = None, *, rewards: bool = True) -> Transitions:
     """Return ``data`` if it can be learned from; `read` lists the errors."""
     name = f"data set {data.source!r}" if data.source else "the data"
-    if data.action.shape[1] == 0 or (len(data) and bool(data.action.isnan().all())):
-        raise DataError(f"{name} holds no actions; label them first with an inverse dynamics model")
+    if missing := int((~data.labelled()).sum()):
+        raise DataError(
+            f"{name} holds no action in {missing} of its {len(data)} rows; fill them in with "
+            "learneddyn.offline.semi_supervised, or keep data[data.labelled()]"
+        )
     data.check()
     if data.spaces is None:
         raise DataError(f"{name} names no spaces: use dataclasses.replace(data, spaces=Spaces(observation, action))")
@@ -103,15 +107,20 @@ def next_actions(data: Transitions) -> tuple[Float[Tensor, "n a"], Bool[Tensor, 
     return data.action.roll(-1, 0) * known[:, None], known
 
 
+def episode_returns(data: Transitions) -> tuple[Int[Tensor, " n"], Float[Tensor, " e"]]:
+    """Return the number of every row's episode, counted from 0, and every episode's undiscounted return (float64)."""
+    number = torch.unique_consecutive(data.episode, return_inverse=True)[1]
+    returns = torch.zeros(int(number[-1]) + 1, dtype=torch.float64, device=data.device)
+    return number, returns.index_add_(0, number, data.reward.double())
+
+
 def return_range(data: Transitions) -> float:
     """Return the largest minus the smallest return of an episode.
 
     Raises:
         DataError: all episodes have the same return.
     """
-    number = torch.unique_consecutive(data.episode, return_inverse=True)[1]
-    returns = torch.zeros(int(number[-1]) + 1, dtype=torch.float64, device=data.device)
-    returns.index_add_(0, number, data.reward.double())
+    returns = episode_returns(data)[1]
     spread = float(returns.max() - returns.min())
     if spread == 0:
         raise DataError(
