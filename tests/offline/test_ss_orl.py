@@ -64,7 +64,7 @@ def test_minari_ids(log, tmp_path, monkeypatch):
     )
     assert len(filled.data) == 2 * len(log)
     assert torch.equal(filled.data.action[: len(log)], log.action)
-    with pytest.raises(DataError, match="'mine/states-v0' holds no action in .*learneddyn.offline.semi_supervised"):
+    with pytest.raises(DataError, match=r"'mine/states-v0' holds no action in .*learneddyn.offline.semi_supervised"):
         TD3BC("MlpPolicy", "mine/states-v0", device="cpu")
 
 
@@ -73,7 +73,7 @@ def test_what_cannot_be_labelled_is_named(log):
         semi_supervised(log, rng=generator(0))
     with pytest.raises(DataError, match="got 0 rows with actions in 0 of"):
         semi_supervised(logs.without_actions(log), rng=generator(0))
-    with pytest.raises(ValueError, match="0 < share <= below <= 1, got share=0.6, below=0.5"):
+    with pytest.raises(ValueError, match=r"0 < share <= below <= 1, got share=0.6, below=0.5"):
         hide_actions(log, rng=generator(0), share=0.6)
     few = Transitions.cat([log[log.episode == number] for number in log.episode.unique()[:5]])
     with pytest.raises(ValueError, match=r"share=0.1 labels 0 of 5 trajectories"):
