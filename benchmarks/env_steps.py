@@ -84,7 +84,7 @@ def interfaces(world: Any, lanes: int) -> list[Contestant]:
     return field
 
 
-def bare_world(world: World, lanes: int) -> Contestant:
+def bare_world(name: str, world: World, lanes: int) -> Contestant:
     rng = generator(0)
     start = world.start(world.initial(lanes, rng), rng)
     action = torch.rand(lanes, world.spaces.action_dim, generator=rng) * 2 - 1
@@ -96,7 +96,7 @@ def bare_world(world: World, lanes: int) -> Contestant:
         nonlocal state
         state, _ = world.step(start if next(steps) == 0 else state, action, rng)
 
-    return Contestant("World.step", lanes_of(lanes), lanes, step)
+    return Contestant(name, lanes_of(lanes), lanes, step)
 
 
 def gym_env() -> Contestant:
@@ -150,16 +150,22 @@ def _stepping(step: Callable[[Any], Any], actions: list[Any]) -> Callable[[], An
     return lambda: step(next(turns))
 
 
-def fitted_world() -> World:
-    task = tasks.get(ENV)
-    model = ProbabilisticEnsemble(learn_reward=task.reward is None, angles=task.angles, max_epochs=1)
-    model.fit(data.collect(ENV, None, steps=5000, lanes=4, progress=False), rng=generator(0))
-    return World(model, task)
+def fitted_worlds() -> list[World]:
+    """One in fp32, one in bf16."""
+    task, worlds = tasks.get(ENV), []
+    rows = data.collect(ENV, None, steps=5000, lanes=4, progress=False)
+    for precision in ("fp32", "bf16"):
+        model = ProbabilisticEnsemble(
+            learn_reward=task.reward is None, angles=task.angles, max_epochs=1, precision=precision
+        )
+        model.fit(rows, rng=generator(0))
+        worlds.append(World(model, task))
+    return worlds
 
 
 def measure(turns: Turns) -> list[Row]:
     warnings.filterwarnings("ignore", category=UserWarning)
-    world = fitted_world()
+    world, half = fitted_worlds()
     field = [gym_env(), sync_vector_env(8), mujoco_rollout(256, 4, turns.threads)]
     absent = []
     try:
@@ -167,7 +173,8 @@ def measure(turns: Turns) -> list[Row]:
     except ImportError as error:
         absent = [missing(STEPS, "envpool", error)]
     for lanes in LANES:
-        field += [bare_world(world, lanes), *interfaces(world, lanes)]
+        field += [bare_world("World.step", world, lanes), bare_world("World.step bf16", half, lanes)]
+        field += interfaces(world, lanes)
     rows = turns.contest(STEPS, field)
     empty = [one for lanes in LANES for one in interfaces(NullWorld(world.spaces, lanes), lanes)]
     return rows + absent + turns._replace(seconds=min(turns.seconds, 0.1)).contest(INTERFACE, empty)

@@ -18,8 +18,8 @@ from contest import Row, Turns, main
 from rollout import TASK, ensemble, world_step
 from torch.profiler import ProfilerActivity, profile
 
-from learneddyn.agents.sac import FastSAC
 from learneddyn.agents.buffer import DeviceReplayBuffer
+from learneddyn.agents.sac import FastSAC
 from learneddyn.planners import ICEM
 from learneddyn.world import PENALTIES, World
 

@@ -26,7 +26,7 @@ import torch
 from contest import CEILING, Row, ceiling, lines
 
 HERE = Path(__file__).parent
-ONE_THREAD = ("rollout", "penalty", "imagine", "plan", "sac", "env_steps", "collect", "sindy")
+ONE_THREAD = ("rollout", "penalty", "imagine", "plan", "sac", "env_steps", "collect", "sindy", "profiles")
 TWO_THREADS = ("rollout", "penalty", "imagine", "plan", "sac", "env_steps", "memory")
 ON_GPU = ("rollout", "imagine", "plan", "sac")
 PACKAGES = (
@@ -107,6 +107,7 @@ GOALS = [
     Goal("CEM plan at equal budget", "400 plans x 30 steps x 20 particles", "bf16", "mbrl-lib", 2.7),
     Goal("A step of control by iCEM", "100 plans x 30 steps x 5 particles", "fp32", "us", 100_000),
     Goal("Environment steps", "4096 lanes", "World.step", "gym.make", 12),
+    Goal("Environment steps", "4096 lanes", "World.step bf16", "gym.make", 12),
     Goal("An interface alone, on a world that computes nothing", "256 lanes", "LearnedVectorEnv", "us", 10),
     Goal("An interface alone, on a world that computes nothing", "4096 lanes", "LearnedVectorEnv", "us", 40),
     Goal("An interface alone, on a world that computes nothing", "4096 lanes", "LearnedVecEnv (SB3)", "us", 300),

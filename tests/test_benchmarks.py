@@ -71,8 +71,11 @@ def test_goals(case, against, wanted, found):
     contest, run = module("contest"), module("run")
     rows = [*rows_of(contest), contest.missing("T", "absent", ImportError("no"))]
     assert run.Goal("T", case, "ours", against, wanted).judge(rows) == found
-    floor = run.Goal("T", "8 lanes", "peer", "everyone's peer", 1, "ours").judge(rows)
-    assert floor == ("2.00 x (ours alone: 4.00 x)", True)
+    least = rows[0]._replace(name="products alone fp32")
+    judged = run.Goal("T", "8 lanes", "peer", "everyone's peer", 1).judge([*rows, least])
+    assert judged == ("2.00 x (products alone fp32: 4.00 x)", True)
+    judged = run.Goal("T", "8 lanes", "peer", "us", 2000).judge([*rows, least])
+    assert judged == ("2000.0 µs (products alone fp32: 2000.0 µs)", True)
     memory = contest.Row("M", "peak", "all", amount=1.5)
     assert run.Goal("M", "all", "peak", "amount", 2).judge([memory]) == ("1.50 GiB", True)
     assert run.Goal("M", "all", "peak", "amount", 1).judge([memory]) == ("1.50 GiB", False)

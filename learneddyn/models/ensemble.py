@@ -263,6 +263,30 @@ class ProbabilisticEnsemble(AbstractDynamics):
             answer = Answer(*self._in_units(heads), heads.ended)
         return self._outcome(obs, answer, rng, memory, noise)
 
+    def sample_evenly(
+        self,
+        obs: Float[Tensor, "b o"],
+        action: Float[Tensor, "b a"],
+        member: Int[Tensor, " b"],
+        among: Int[Tensor, " k"],
+        rng: torch.Generator,
+        memory: Float[Tensor, "b m"] | None = None,
+    ) -> Outcome:
+        """Draw as `sample` does, of rows that are dealt evenly (up to one row) among the members ``among``.
+
+        Without gradients it never waits for the device, and all shapes are static: for GPUs, where a wait per step
+        costs more than the step. On a CPU `sample` is the faster one.
+
+        Raises:
+            ValueError: the ensemble has not been fitted.
+        """
+        self._require_fitted()
+        frozen = self._frozen_for(obs, action)
+        if not frozen:
+            return self.sample(obs, action, member, rng, memory)
+        answer = frozen.networks.dealt(self._inputs(obs, action), member, among)
+        return self._outcome(obs, answer, rng, memory, noise=True)
+
     def sample_and_predict(
         self,
         obs: Float[Tensor, "b o"],

@@ -93,7 +93,7 @@ class Snapshot:
         return self._one(x, member)
 
     def grouped(self, x: Float[Tensor, "b i"], member: Int[Tensor, " b"]) -> Answer:
-        """Ask one member per row. Waits for the device once, for the size of the groups."""
+        """Ask one member per row, in groups of any size. Waits for the device once, for the sizes."""
         order = member.argsort()
         counts = tuple(torch.bincount(member, minlength=self._full.members).tolist())
         alone = _ALONE if self._fast is self._full else len(x) + 1
@@ -105,6 +105,26 @@ class Snapshot:
         place = torch.empty_like(order)
         place[order] = layout.place
         return self._answer(out.index_select(0, place).float())
+
+    def dealt(self, x: Float[Tensor, "b i"], member: Int[Tensor, " b"], among: Int[Tensor, " k"]) -> Answer:
+        """Ask one member per row, where the rows are dealt evenly (up to one row) among the members ``among``.
+
+        Every shape follows from the shapes of the inputs, so that nothing waits for the device, and a CUDA graph can
+        hold the call. Rows that are not dealt evenly get wrong answers: `grouped` is for those.
+        """
+        lanes, share = len(x), -(-len(x) // len(among))
+        asked = among.sort().values
+        order = member.argsort()
+        group = torch.searchsorted(asked, member.index_select(0, order))
+        turn = torch.arange(lanes, device=x.device)
+        start = torch.searchsorted(group, torch.arange(len(asked), device=x.device))
+        window = (start[:, None] + turn[:share]).clamp_(max=lanes - 1)
+        rows = self._standardised(x.index_select(0, order[window.flatten()]), self._fast).view(*window.shape, -1)
+        out = self._buffers.take("out", rows, *window.shape, self._width)
+        self._through(self._fast.chosen(asked), rows, out)
+        place = torch.empty_like(order)
+        place[order] = group * share + turn - start[group]
+        return self._answer(out.flatten(0, 1).index_select(0, place).float())
 
     def every(self, x: Float[Tensor, "b i"], half: bool = False) -> Answer:
         """Ask every member about every row; ``half`` lets bfloat16 layers answer if the snapshot has them."""
@@ -165,7 +185,11 @@ class _Layers:
             index = first
         elif members != tuple(range(first, first + len(members))):
             index = torch.tensor(members, device=self.weights[0].device)
-        return _Layers([weight[index] for weight in self.weights], [bias[index] for bias in self.biases])
+        return self.chosen(index)
+
+    def chosen(self, members: Tensor | slice | int) -> "_Layers":
+        """Return the chosen members."""
+        return _Layers([weight[members] for weight in self.weights], [bias[members] for bias in self.biases])
 
 
 class _Buffers(threading.local):

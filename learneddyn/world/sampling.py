@@ -30,20 +30,19 @@ def draw_members(choices: Int[Tensor, " k"], lanes: int, rng: torch.Generator) -
     """
     if lanes == 1:
         return choices.index_select(0, torch.randint(len(choices), (1,), generator=rng, device=choices.device))
-    shuffled = torch.randperm(len(choices), generator=rng, device=choices.device)
-    order = torch.randperm(lanes, generator=rng, device=choices.device)
+    shuffled, order = (_permutation(count, rng, choices.device) for count in (len(choices), lanes))
     return choices[shuffled[order % len(choices)]]
 
 
 def ts1(state: State, action: Tensor, dynamics: Dynamics, rng: torch.Generator) -> tuple[State, Outcome]:
     """Draw a new member per row at every step, from all members."""
     members = torch.arange(dynamics.num_members, device=state.obs.device)
-    return _ask(state._replace(member=draw_members(members, len(state.obs), rng)), action, dynamics, rng)
+    return _dealt(state, action, dynamics, members, rng)
 
 
 def elite(state: State, action: Tensor, dynamics: Dynamics, rng: torch.Generator) -> tuple[State, Outcome]:
     """Draw a new elite per row at every step."""
-    return _ask(state._replace(member=draw_members(dynamics.elites, len(state.obs), rng)), action, dynamics, rng)
+    return _dealt(state, action, dynamics, dynamics.elites, rng)
 
 
 def tsinf(state: State, action: Tensor, dynamics: Dynamics, rng: torch.Generator) -> tuple[State, Outcome]:
@@ -62,6 +61,25 @@ def mean(state: State, action: Tensor, dynamics: Dynamics, rng: torch.Generator)
 
 
 SAMPLERS: dict[str, Sampler] = {"mean": mean, "ts1": ts1, "tsinf": tsinf, "elite": elite}
+
+
+def _permutation(count: int, rng: torch.Generator, device: torch.device) -> Int[Tensor, " n"]:
+    if device.type == "cpu":
+        return torch.randperm(count, generator=rng)
+    # CUDA's own permutation of few numbers goes by way of the CPU.
+    return torch.rand(count, generator=rng, device=device).argsort()
+
+
+def _dealt(
+    state: State, action: Tensor, dynamics: Dynamics, choices: Int[Tensor, " k"], rng: torch.Generator
+) -> tuple[State, Outcome]:
+    """Deal the rows to ``choices`` anew and ask; a GPU is not waited for if the model has ``sample_evenly``."""
+    state = state._replace(member=draw_members(choices, len(state.obs), rng))
+    evenly = None if state.obs.is_cpu else getattr(dynamics, "sample_evenly", None)
+    if evenly is None:
+        return _ask(state, action, dynamics, rng)
+    outcome = evenly(state.obs, action, state.member, choices, rng, state.memory)
+    return State(outcome.next_obs, state.member, outcome.memory), outcome
 
 
 def _ask(state: State, action: Tensor, dynamics: Dynamics, rng: torch.Generator) -> tuple[State, Outcome]:
@@ -105,6 +123,18 @@ class Heard:
         outcome, prediction = both(obs, action, member, rng, memory, noise=noise)
         self._kept(prediction, obs, action)
         return outcome
+
+    def sample_evenly(
+        self,
+        obs: Tensor,
+        action: Tensor,
+        member: Tensor,
+        among: Tensor,
+        rng: torch.Generator,
+        memory: Tensor | None = None,
+    ) -> Outcome:
+        """Ask one member per row: where all are asked for the penalty, how rows are dealt plays no part."""
+        return self.sample(obs, action, member, rng, memory)
 
     def _kept(self, prediction: Prediction, obs: Tensor, action: Tensor) -> Prediction:
         if obs is self._obs and action is self._action:

@@ -486,6 +486,19 @@ def test_cuda_gives_the_cpu_numbers():
     torch.testing.assert_close(moved.cpu(), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, none is here")
+def test_a_step_never_waits_for_a_gpu():
+    model, rng = fitted()[0].to("cuda"), generator(0, "cuda")
+    task = Task("X-v0", reward=lambda obs, action, after: after[:, 0], terminated=lambda obs: obs[:, 0] > 9)
+    world, action = World(model, task), torch.zeros(64, 1, device="cuda")
+    state, _ = world.step(world.start(torch.zeros(64, 3, device="cuda"), rng), action, rng)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        world.step(state, action, rng)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_world_without_an_answer_is_refused_when_it_is_built():
     model, _ = fitted()
     with pytest.raises(ValueError, match=r"reward of HalfCheetah-v5 does not follow .* learn_reward=True"):

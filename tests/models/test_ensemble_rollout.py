@@ -9,11 +9,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from learneddyn.core import generator
 from learneddyn.models import AbstractDynamics, ProbabilisticEnsemble
 from learneddyn.spaces import Spaces
 from learneddyn.testing import example_transitions
+from learneddyn.world.sampling import draw_members
 
 HEADS = {"learn_reward": True, "learn_termination": True}
 
@@ -72,6 +74,28 @@ def test_predictions_equal_the_differentiable_path(lanes):
     slow = model.predict(obs, action)
     with torch.no_grad():
         assert_same(model.predict(obs, action), slow, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 7, 256, 1000])
+def test_rows_dealt_evenly_get_the_answers_of_their_members(lanes):
+    model = fitted(**HEADS)
+    model.elites.copy_(torch.tensor([3, 0, 2]))  # in any order
+    obs, action = rows(lanes)
+    for choices in (model.elites, torch.arange(4), torch.tensor([1])):
+        member = draw_members(choices, lanes, generator(lanes))
+        slow = model.sample(obs, action, member, generator(1))
+        with torch.no_grad():
+            fast = model.sample_evenly(obs, action, member, choices, generator(1))
+        assert_same(fast, slow, rtol=1e-5, atol=1e-5)
+
+
+def test_dealing_evenly_never_asks_the_device_for_a_number():
+    one, other = (fitted()._frozen_now().networks for _ in range(2))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # tensors without numbers, as a graph sees them
+        x, member = torch.empty(50, 5), torch.empty(50, dtype=torch.long)
+        with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+            one.grouped(x, member)
+        assert other.dealt(x, member, torch.empty(3, dtype=torch.long)).mean.shape == (50, 3)
 
 
 def test_no_rows_are_no_answer():
