@@ -1,14 +1,19 @@
-"""The command line: collect, fit, train, evaluate, render, demo, mbpo, pets, reproduce, list. Only it reads configs.
+"""The command line: collect, fit, train, evaluate, render, demo, mbpo, pets, offline, sweep, reproduce, list.
+
+Only it reads configs.
 
 Every command takes ``--config FILE`` or ``--config NAME`` (a preset that ships, see ``learneddyn list``) and overrides
 on top of it; ``--print_config`` shows what it would run with. Unknown keys are errors.
 """
 
+import inspect
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +23,7 @@ import jsonargparse
 from rich.console import Console
 from rich.table import Table
 
+from learneddyn import offline as learners
 from learneddyn import reproduce as experiments
 from learneddyn import tasks
 from learneddyn.agents.pets import PETS, described
@@ -42,6 +48,14 @@ from learneddyn.runs import (
     train_in_world,
 )
 from learneddyn.runs.claims import publish, run_claim, told, verdict
+from learneddyn.runs.offline import (
+    Outcome,
+    Protocol,
+    check_run,
+    learn_offline,
+    summary,
+    write_offline_report,
+)
 from learneddyn.runs.online import Mark, draw_curves, learn_online
 from learneddyn.runs.report import report_runs
 from learneddyn.runs.trials import Trial, learn_trials
@@ -560,6 +574,87 @@ def pets(
     console.print(str(folder.path), soft_wrap=True)
 
 
+def offline(
+    agent: str | None = None,
+    dataset: list[str] | str | None = None,
+    env_id: str | None = None,
+    out: str = "runs/offline",
+    updates: int = 1_000_000,
+    model: AbstractDynamics | None = None,
+    agent_kwargs: dict[str, Any] | None = None,
+    label_actions: bool = False,
+    env_kwargs: dict[str, Any] | None = None,
+    protocol: Protocol = "last",
+    judge_every: int = 10_000,
+    episodes: int = 10,
+    fresh_episodes: int = 20,
+    seeds: list[int] | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    progress: bool = True,
+) -> None:
+    """Learn from Minari data sets alone, and judge the last policy in the real environment. Killed runs go on.
+
+    Args:
+        agent: an offline learner, see ``learneddyn list``; upper case and signs do not matter.
+        dataset: one or several ids of Minari data sets.
+        env_id: Gymnasium id of the real environment, the judge; null takes what the data set names.
+        out: run folder; report.md and curve.png show the result.
+        updates: gradient updates in all.
+        model: class path and arguments of the dynamics model, for learners that have one.
+        agent_kwargs: for the learner's constructor; {class_path: ..., init_args: ...} makes an object of a class.
+        label_actions: fill in actions that the data lack by inverse dynamics first (SS-ORL).
+        env_kwargs: arguments of the environment.
+        protocol: last reports the last policy; best reports the checkpoint that the real environment likes best.
+        judge_every: updates between two judgements; each leaves a checkpoint.
+        episodes: real episodes per judgement on the way.
+        fresh_episodes: real episodes that judge the reported policy.
+        seeds: run several, side by side on the cores.
+        seed: run one, where seeds is not given.
+        workers: processes at once, by default one per core.
+        device: of the learner.
+        resume: go on with the run in the folder.
+        progress: show progress.
+    """
+    kind, kwargs, chosen = _learner(agent), agent_kwargs or {}, seeds or [seed]
+    check_run(updates, judge_every, episodes, fresh_episodes, protocol)
+    _check_learner(kind, kwargs, model)
+    dataset = _ids(dataset)
+    real_id = env_id or _env_of(dataset)
+    settings = {
+        "agent": kind.__name__,
+        "dataset": dataset,
+        "env_id": real_id,
+        "env_kwargs": env_kwargs,
+        "updates": updates,
+        "model": None if model is None else described(model),
+        "agent_kwargs": kwargs,
+        "label_actions": label_actions,
+        "protocol": protocol,
+        "judge_every": judge_every,
+        "episodes": episodes,
+        "fresh_episodes": fresh_episodes,
+        "seeds": chosen,
+    }
+    folder = RunFolder(out, settings, resume=resume)
+    asked = {"updates": updates, "judge_every": judge_every, "episodes": episodes, "fresh_episodes": fresh_episodes}
+    source = partial(_offline_data, dataset, label_actions)
+    work = partial(_one_offline, kind, source, real_id, model, kwargs, device, folder.path,
+                   asked | {"protocol": protocol, "env_kwargs": env_kwargs})  # fmt: skip
+    outcomes = for_each_seed(work, chosen, workers=workers, progress=progress)
+    title = f"{kind.__name__} on {', '.join(dataset)}"
+    path = write_offline_report(folder.path, title, real_id, outcomes, settings, _weight_notes(kind, kwargs))
+    table = Table(title=f"{title}: {fresh_episodes} real episodes of the {protocol} policy")
+    for column in ("seed", "return", "at update", "last ten judgements"):
+        table.add_column(column, justify="right")
+    for number, outcome in outcomes.items():
+        table.add_row(str(number), f"{outcome.mean:.1f}", str(outcome.updates), f"{outcome.last_marks:.1f}")
+    console.print(table)
+    console.print(f"mean return {told(summary(outcomes))}, report: {path}", soft_wrap=True)
+
+
 def reproduce(
     name: str,
     seeds: list[int] | None = None,
@@ -604,6 +699,7 @@ def list_all() -> None:
         ("worlds", world_names()),
         ("presets", presets),
         ("algorithms", sorted(algorithms())),
+        ("offline learners", sorted(kind.__name__ for kind in _learners().values())),
         ("experiments", experiments.names()),
         ("data sets here", sorted(minari.list_local_datasets())),
     ):
@@ -620,6 +716,7 @@ COMMANDS: dict[str, Any] = {
     "demo": demo,
     "mbpo": mbpo,
     "pets": pets,
+    "offline": offline,
     "reproduce": reproduce,
     "list": list_all,
 }
@@ -775,6 +872,124 @@ def _one_pets(
     return learn_trials(
         partial(make, seed), env_id, home, steps=steps, env_kwargs=env_kwargs, device=device, notify=notify
     )
+
+
+def _learners() -> dict[str, type[learners.OfflineAlgorithm]]:
+    """Return the offline learners that the package exports, by their names in small letters without signs."""
+    exported = (getattr(learners, name) for name in learners.__all__)
+    found = [kind for kind in exported if isinstance(kind, type) and issubclass(kind, learners.OfflineAlgorithm)]
+    return {_plain(kind.__name__): kind for kind in found if not inspect.isabstract(kind)}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _learner(name: str | None) -> type[learners.OfflineAlgorithm]:
+    known = _learners()
+    if name is None or _plain(name) not in known:
+        names = sorted(kind.__name__ for kind in known.values())
+        raise ValueError(f"agent must be one of {', '.join(names)}, got {name!r}")
+    return known[_plain(name)]
+
+
+def _check_learner(
+    kind: type[learners.OfflineAlgorithm], kwargs: dict[str, Any], model: AbstractDynamics | None
+) -> None:
+    """Refuse arguments that the learner does not take before any data is read."""
+    allowed = {
+        name
+        for base in kind.__mro__
+        if issubclass(base, learners.OfflineAlgorithm)
+        for name in inspect.signature(base).parameters
+    }
+    allowed -= {"policy", "data", "env", "model", "seed", "device", "common", "_init_setup_model"}
+    if unknown := sorted(set(kwargs) - allowed):
+        raise ValueError(f"{kind.__name__} does not take {', '.join(unknown)}; agent_kwargs may hold {sorted(allowed)}")
+    if model is not None and not issubclass(kind, learners.OfflineMBPO):
+        raise ValueError(f"{kind.__name__} learns without a model: leave --model out")
+
+
+def _ids(dataset: list[str] | str | None) -> list[str]:
+    if not dataset:
+        raise ValueError("give at least one Minari id with --dataset")
+    return [dataset] if isinstance(dataset, str) else dataset
+
+
+def _env_of(dataset: list[str]) -> str:
+    """Return the id of the environment that the first data set was collected in."""
+    import minari
+
+    load(dataset[:1], max_episodes=1)  # fetches it, or says why it cannot be had
+    spec = minari.load_dataset(dataset[0]).env_spec
+    if spec is None:
+        raise ValueError(f"data set {dataset[0]!r} names no environment: pass --env_id, the judge")
+    return spec.id
+
+
+def _offline_data(dataset: list[str], label_actions: bool, seed: int) -> Transitions:
+    if not label_actions:
+        return load(dataset)
+    return learners.semi_supervised(dataset, rng=generator(seed)).data
+
+
+def _offline_agent(
+    kind: type[learners.OfflineAlgorithm],
+    data: Transitions,
+    task: str,
+    model: AbstractDynamics | None,
+    kwargs: dict[str, Any],
+    device: str,
+    seed: int,
+) -> learners.OfflineAlgorithm:
+    given = {name: _instance(value) for name, value in kwargs.items()}
+    if model is not None:
+        given["model"] = type(model)(**model.config())
+    known: dict[str, Any] = {"task": task} if task in tasks.names() else {}
+    return kind("MlpPolicy", data, **known | {"seed": seed, "device": device} | given)
+
+
+def _instance(value: Any) -> Any:
+    """Return an object for a dictionary of class_path and init_args, anything else as it is."""
+    if not (isinstance(value, dict) and "class_path" in value):
+        return value
+    module, _, name = value["class_path"].rpartition(".")
+    return getattr(import_module(module), name)(**value.get("init_args", {}))
+
+
+def _one_offline(
+    kind: type[learners.OfflineAlgorithm],
+    source: Any,
+    real_id: str,
+    model: AbstractDynamics | None,
+    kwargs: dict[str, Any],
+    device: str,
+    folder: Path,
+    asked: dict[str, Any],
+    seed: int,
+    notify: Notify,
+) -> Outcome:
+    """Learn with one seed; runs in a process of its own."""
+    data = source(seed)
+    known = {"task": tasks.get(real_id)} if real_id in tasks.names() else {}
+    make = partial(_offline_agent, kind, data, real_id, model, kwargs, device, seed)
+    again = partial(kind.load, data=data, device=device, **known)
+    return learn_offline(
+        make, again, real_id, folder / f"seed-{seed}", seed=seed, device=device, notify=notify, **asked
+    )
+
+
+def _weight_notes(kind: type[learners.OfflineAlgorithm], kwargs: dict[str, Any]) -> list[str]:
+    """Say how the pessimism of a learner was weighted."""
+    weights = ("penalty_weight", "pessimism", "inconsistency", "conservatism", "diversity", "adversary", "alpha", "eta")
+    parts = []
+    for base in reversed(kind.__mro__):
+        for name, parameter in inspect.signature(base).parameters.items() if base in _learners().values() else ():
+            if name in weights and parameter.default is not inspect.Parameter.empty:
+                parts.append((name, parameter.default))
+    found = {name: (kwargs.get(name, default), name in kwargs) for name, default in parts}
+    said = [f"{name} = {value} ({'given' if given else 'default'})" for name, (value, given) in found.items() if value]
+    return [f"Weights of pessimism, fixed beforehand: {', '.join(said)}."] if said else []
 
 
 def _print_rounds(results: dict[int, list[Round]]) -> None:

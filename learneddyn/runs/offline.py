@@ -1,0 +1,296 @@
+"""Learn from a log, judge in the real environment, and go on after a kill as if nothing had happened.
+
+A run of one seed is a folder: ``curve.json`` (one mark per judgement), ``checkpoint/`` (agent and imagined rows),
+``best.zip`` (where the best checkpoint is asked for), ``agent.zip`` (the policy that is reported), ``result.json`` and
+SB3's logs.
+
+Two protocols say which policy is reported. *last*: that of the last update. *best*: that of the judgement with the
+highest return; the real environment then decided, and the figure is no result of learning offline. Either is judged on
+fresh episodes, which decided nothing.
+"""
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter, configure
+
+from learneddyn.core import Json
+from learneddyn.data.replay import Replay
+from learneddyn.data.scores import REFERENCES, normalized_score
+from learneddyn.evaluation import Returns, evaluate
+from learneddyn.evaluation.stats import Estimate, bootstrap_interval
+from learneddyn.files import replace_file, replaced_folder, surviving_folder, write_file
+from learneddyn.runs.claims import panels, told
+from learneddyn.runs.seeds import Notify, silent
+
+Protocol = Literal["last", "best"]
+JUDGE_SEED, FRESH_SEED = 10_000, 20_000
+"""Added to the seed: episodes of the judgements on the way, and of the reported policy."""
+LAST_MARKS = 10
+
+
+class Mark(NamedTuple):
+    """One judgement: updates done, returns of the deterministic policy, CPU seconds of learning, logged figures."""
+
+    updates: int
+    returns: list[float]
+    cpu_seconds: float
+    figures: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        """Mean return."""
+        return sum(self.returns) / len(self.returns)
+
+
+class Outcome(NamedTuple):
+    """What a seed ends with: protocol, updates of the reported policy, its returns on fresh episodes, all marks."""
+
+    protocol: str
+    updates: int
+    returns: list[float]
+    marks: list[Mark]
+
+    @property
+    def mean(self) -> float:
+        """Mean return of the reported policy."""
+        return sum(self.returns) / len(self.returns)
+
+    @property
+    def last_marks(self) -> float:
+        """Mean return of the last ten judgements, which many papers report."""
+        return float(np.mean([mark.mean for mark in self.marks[-LAST_MARKS:]]))
+
+
+def learn_offline(
+    make: Callable[[], BaseAlgorithm],
+    load: Callable[[Path], BaseAlgorithm],
+    env_id: str,
+    folder: Path,
+    *,
+    updates: int,
+    judge_every: int = 10_000,
+    episodes: int = 10,
+    fresh_episodes: int = 20,
+    protocol: str = "last",
+    env_kwargs: Json | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    notify: Notify = silent,
+) -> Outcome:
+    """Do ``updates`` updates, judge every ``judge_every`` of them and at the end, and judge the reported policy.
+
+    A folder that holds a checkpoint is gone on with; marks after it are made again. The result is that of a run that
+    was never interrupted, as far as the agent's own file holds all of its state.
+
+    Args:
+        make: a new agent with its data; one timestep is one update.
+        load: the agent in a zip, with its data.
+        env_id: Gymnasium id of the real environment.
+        folder: of this seed, made if missing.
+        updates: in all.
+        judge_every: updates between two judgements (and checkpoints).
+        episodes: per judgement on the way.
+        fresh_episodes: that judge the reported policy.
+        protocol: which policy is reported.
+        env_kwargs: arguments of the environment.
+        seed: of the judged episodes.
+        device: of the agent.
+        notify: told how far it is.
+
+    Raises:
+        ValueError: an unknown protocol, or a number below 1.
+    """
+    check_run(updates, judge_every, episodes, fresh_episodes, protocol)
+    done = folder / "result.json"
+    if done.exists():
+        return _read(json.loads(done.read_text()))
+    folder.mkdir(parents=True, exist_ok=True)
+    play = partial(evaluate, real_id=env_id, env_kwargs=env_kwargs, device=device)
+    kept = surviving_folder(folder / "checkpoint")
+    notify("preparing", 0.0)
+    agent, marks = make() if not kept.exists() else _restored(load, kept), read_marks(folder)
+    begun = agent.num_timesteps
+    marks = [mark for mark in marks if mark.updates <= begun]
+    if begun < updates:
+        judged = partial(play, episodes=episodes, seed=JUDGE_SEED + seed)
+        judge = _Judge(judged, folder, marks, judge_every, updates, protocol == "best", notify)
+        sinks = ["csv", "tensorboard"] if importlib.util.find_spec("tensorboard") else ["csv"]
+        with closing(configure(str(folder / f"log-{begun}"), sinks)) as logger:
+            logger.output_formats.append(judge.latest)
+            agent.set_logger(logger)
+            agent.learn(updates - begun, judge, log_interval=min(1000, judge_every), reset_num_timesteps=begun == 0)
+    at = max(marks, key=lambda mark: mark.mean).updates if protocol == "best" else updates
+    reported = load(folder / "best.zip") if protocol == "best" else agent
+    notify("judging the reported policy", 1.0)
+    fresh = play(reported, episodes=fresh_episodes, seed=FRESH_SEED + seed)
+    reported.save(folder / "agent.zip")
+    outcome = Outcome(protocol, at, fresh.returns.tolist(), marks)
+    entry = outcome._asdict() | {"marks": [mark._asdict() for mark in marks]}
+    replace_file(done, json.dumps(entry).encode())
+    return outcome
+
+
+def check_run(updates: int, judge_every: int, episodes: int, fresh_episodes: int, protocol: str) -> None:
+    """Make sure of the settings of a run before anything is spent on it.
+
+    Raises:
+        ValueError: an unknown protocol, or a number below 1.
+    """
+    numbers = {"updates": updates, "judge_every": judge_every, "episodes": episodes, "fresh_episodes": fresh_episodes}
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if protocol not in get_args(Protocol):
+        raise ValueError(f"protocol must be one of {', '.join(get_args(Protocol))}, got {protocol!r}")
+
+
+def read_marks(folder: Path) -> list[Mark]:
+    """Return the marks in a folder, none if there are none."""
+    path = folder / "curve.json"
+    return [Mark(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+
+
+def summary(outcomes: Mapping[int, Outcome]) -> Estimate:
+    """Return the mean return of the reported policies: over seeds, or over the episodes of the only one."""
+    means = [outcome.mean for outcome in outcomes.values()]
+    return bootstrap_interval(means if len(means) > 1 else next(iter(outcomes.values())).returns)
+
+
+def write_offline_report(
+    folder: Path, title: str, env_id: str, outcomes: Mapping[int, Outcome], settings: Json, notes: Sequence[str]
+) -> Path:
+    """Write ``report.md`` and ``curve.png`` of a run, and return the report.
+
+    Args:
+        folder: of the run.
+        title: its headline.
+        env_id: Gymnasium id of the real environment; scores are normalised where its references are known.
+        outcomes: by seed.
+        settings: plain JSON, printed at the end.
+        notes: sentences above the table, for example on how a penalty was weighted.
+    """
+    scored = env_id in REFERENCES and REFERENCES[env_id].expert is not None
+    first, over = next(iter(outcomes.values())), "seeds" if len(outcomes) > 1 else "episodes"
+    whole = summary(outcomes)
+    lines = [f"# {title}", "", f"Return in {env_id}: **{told(whole)}** (95 % bootstrap interval over {over})."]
+    if scored:
+        score = Estimate(*(normalized_score(env_id, value) for value in whole))
+        lines[-1] += f" Normalised score: **{told(score)}** (0: random, 100: expert; learneddyn.data.scores)."
+    reported = {
+        "last": "Protocol *last*: the policy of the last update, judged on fresh episodes.",
+        "best": "Protocol *best*: the checkpoint with the highest return on the way, judged on fresh episodes. "
+        "The real environment chose it, so this is no score of learning offline.",
+    }
+    lines += ["", reported[first.protocol], *notes, ""]
+    lines += ["| seed | return | score | at update | last ten judgements |", "|---|---|---|---|---|"]
+    for seed, outcome in outcomes.items():
+        mean = bootstrap_interval(outcome.returns)
+        normal = f"{normalized_score(env_id, outcome.mean):.1f}" if scored else ""
+        lines.append(f"| {seed} | {told(mean)} | {normal} | {outcome.updates} | {outcome.last_marks:.4g} |")
+    lines += ["", "![returns on the way](curve.png)", "", "## What the learner logged last, mean over seeds", ""]
+    figures = [outcome.marks[-1].figures for outcome in outcomes.values()]
+    for name in sorted(set.intersection(*(set(entry) for entry in figures))):
+        lines.append(f"- `{name}` {np.mean([entry[name] for entry in figures]):.4g}")
+    lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=2), "```", ""]
+    _draw(folder / "curve.png", title, outcomes)
+    write_file(folder / "report.md", "\n".join(lines).encode())
+    return folder / "report.md"
+
+
+def _draw(path: Path, title: str, outcomes: Mapping[int, Outcome]) -> None:
+    figure, (ax,) = panels()
+    for seed, outcome in outcomes.items():
+        steps = [mark.updates for mark in outcome.marks]
+        (line,) = ax.plot(steps, [mark.mean for mark in outcome.marks], label=f"seed {seed}")
+        low, high = ([function(mark.returns) for mark in outcome.marks] for function in (min, max))
+        ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        ax.plot(outcome.updates, outcome.mean, "o", color=line.get_color(), markersize=4)
+    ax.set(xlabel="updates", ylabel="return", title=title)
+    ax.legend(frameon=False, fontsize=7)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=130)
+
+
+def _read(entry: Json) -> Outcome:
+    return Outcome(**entry | {"marks": [Mark(**mark) for mark in entry["marks"]]})
+
+
+def _saved(agent: BaseAlgorithm, folder: Path) -> None:
+    """Write a checkpoint; imagined rows are part of it, or the agent would imagine others."""
+    with replaced_folder(folder) as fresh:
+        agent.save(fresh / "agent.zip")
+        if isinstance(imagined := getattr(agent, "imagined", None), Replay):
+            imagined.save(fresh / "imagined")
+
+
+def _restored(load: Callable[[Path], BaseAlgorithm], folder: Path) -> BaseAlgorithm:
+    agent = load(folder / "agent.zip")
+    if isinstance(imagined := getattr(agent, "imagined", None), Replay):
+        imagined.become(Replay.load(folder / "imagined", agent.device))
+    return agent
+
+
+class _Latest(KVWriter):
+    """Keeps the latest of every logged number."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """Take one line of the log; the run's time is no figure of the learner."""
+        numbers = {key: float(value) for key, value in key_values.items() if isinstance(value, int | float | np.number)}
+        self.figures |= {key: value for key, value in numbers.items() if not key.startswith("time/")}
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class _Judge(BaseCallback):
+    """Judges and saves after every so many updates."""
+
+    def __init__(
+        self,
+        judged: Callable[..., Returns],
+        folder: Path,
+        marks: list[Mark],
+        every: int,
+        updates: int,
+        keep_best: bool,
+        notify: Notify,
+    ) -> None:
+        super().__init__()
+        self.judged, self.folder, self.marks, self.every, self.updates = judged, folder, marks, every, updates
+        self.keep_best, self.notify, self.latest = keep_best, notify, _Latest()
+        self.spent = marks[-1].cpu_seconds if marks else 0.0
+        self.begun = time.process_time()
+
+    def _on_step(self) -> bool:
+        done = self.num_timesteps
+        if done % self.every == 0 or done == self.updates:
+            self.judge(done)
+        return True
+
+    def judge(self, done: int) -> None:
+        """Add a mark, and save."""
+        spent = self.spent + time.process_time() - self.begun
+        real = self.judged(self.model)
+        best = max((mark.mean for mark in self.marks), default=-np.inf)
+        self.marks.append(Mark(done, real.returns.tolist(), round(spent, 1), dict(self.latest.figures)))
+        replace_file(self.folder / "curve.json", json.dumps([mark._asdict() for mark in self.marks]).encode())
+        if self.keep_best and real.mean > best:
+            self.model.save(self.folder / ".best.new.zip")
+            (self.folder / ".best.new.zip").replace(self.folder / "best.zip")
+        _saved(self.model, self.folder / "checkpoint")
+        self.notify(f"{done} updates: return {real.mean:.4g}", done / self.updates)
+        self.spent, self.begun = spent, time.process_time()

@@ -1,0 +1,183 @@
+"""Runs of offline learners: a killed one ends as if nothing had happened; the protocol decides what is reported."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from learneddyn import offline as learners
+from learneddyn.cli import _learners, main
+from learneddyn.core import Transitions
+from learneddyn.data import collect, save
+from learneddyn.files import replaced_folder
+from learneddyn.models import ProbabilisticEnsemble
+from learneddyn.offline import IQL, MOPO
+from learneddyn.runs import offline
+from learneddyn.runs.offline import learn_offline, read_marks, summary
+
+SMALL: dict = {"policy_kwargs": {"net_arch": [8]}, "batch_size": 16, "device": "cpu", "seed": 0, "task": "Pendulum-v1"}
+IMAGINED: dict = {"rollout_batch": 20, "rollout_every": 10, "horizon": 2}
+TINY_MODEL = {"num_members": 2, "num_elites": 2, "hidden": [8], "max_epochs": 2}
+RUN: dict = {"updates": 50, "judge_every": 20, "episodes": 1, "fresh_episodes": 2}
+PRESETS = sorted((Path(offline.__file__).parents[1] / "configs" / "offline").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def log() -> Transitions:
+    return collect("Pendulum-v1", steps=500, lanes=2, seed=3, progress=False)
+
+
+def iql(data):
+    return IQL("MlpPolicy", data, **SMALL)
+
+
+def mopo(data):
+    model = ProbabilisticEnsemble(**TINY_MODEL)
+    return MOPO("MlpPolicy", data, model=model, **SMALL | IMAGINED)
+
+
+def comparable(outcome) -> list:
+    """All but the times, which differ from run to run, and the means over a stretch that the kill cut in two."""
+    marks = [(mark.updates, mark.returns) for mark in outcome.marks]
+    return [outcome.protocol, outcome.updates, outcome.returns, marks]
+
+
+@pytest.mark.parametrize("make", [iql, mopo])
+def test_a_killed_run_ends_as_if_nothing_had_happened(make, log, tmp_path, monkeypatch):
+    again = partial({iql: IQL, mopo: MOPO}[make].load, data=log)
+    play = partial(learn_offline, partial(make, log), partial(again, task=SMALL["task"]), "Pendulum-v1", **RUN)
+    whole = play(tmp_path / "whole")
+    assert [mark.updates for mark in whole.marks] == [20, 40, 50]
+
+    class Killed(replaced_folder):
+        """A kill after the curve is written and before the second checkpoint is."""
+
+        def __enter__(self) -> Path:
+            if len(read_marks(tmp_path / "torn")) == 2:
+                raise KeyboardInterrupt
+            return super().__enter__()
+
+    monkeypatch.setattr(offline, "replaced_folder", Killed)
+    with pytest.raises(KeyboardInterrupt):
+        play(tmp_path / "torn")
+    monkeypatch.undo()
+    torch.set_num_threads(1)
+    assert [mark.updates for mark in read_marks(tmp_path / "torn")] == [20, 40]
+    resumed = play(tmp_path / "torn")
+    assert comparable(resumed) == comparable(whole)
+    assert play(tmp_path / "torn") == resumed
+    assert {"train/critic_loss"} <= set(resumed.marks[-1].figures)
+    if make is mopo:
+        assert {"imagined/uncertainty", "train/spread"} <= set(resumed.marks[-1].figures)
+
+
+def test_the_protocol_decides_which_policy_is_reported(log, tmp_path, monkeypatch):
+    def judged(policy, real_id, *, episodes, seed, **_):
+        """Every policy is worth how far it is from 20 updates, on the way; the fresh episodes see the difference."""
+        updates = policy.num_timesteps
+        return type(
+            "R", (), {"returns": torch.full((episodes,), -abs(updates - 20.0)).numpy(), "mean": -abs(updates - 20.0)}
+        )()
+
+    monkeypatch.setattr(offline, "evaluate", judged)
+    load = partial(IQL.load, data=log, task=SMALL["task"])
+    ends = {
+        name: learn_offline(partial(iql, log), load, "Pendulum-v1", tmp_path / name, protocol=name, **RUN)
+        for name in ("last", "best")
+    }
+    assert (ends["last"].updates, ends["last"].mean) == (50, -30.0)
+    assert (ends["best"].updates, ends["best"].mean) == (20, 0.0)
+    assert ends["last"].last_marks == ends["best"].last_marks == pytest.approx(-(0 + 20 + 30) / 3)
+    assert IQL.load(tmp_path / "best" / "agent.zip", data=log).num_timesteps == 20
+    assert summary(ends and {0: ends["last"], 1: ends["best"]}).value == -15.0
+    with pytest.raises(ValueError, match="protocol must be one of last, best, got 'mean'"):
+        learn_offline(partial(iql, log), load, "Pendulum-v1", tmp_path / "no", **RUN | {"protocol": "mean"})
+    with pytest.raises(ValueError, match="judge_every must be at least 1, got 0"):
+        learn_offline(partial(iql, log), load, "Pendulum-v1", tmp_path / "no", **RUN | {"judge_every": 0})
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, log):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.chdir(tmp_path)
+    save(log, "pendulum/random-v0", env_id="Pendulum-v1")
+    return tmp_path
+
+
+def test_the_command_runs_resumes_and_reports(home, capsys):
+    config = {
+        "agent": "mopo",
+        "dataset": ["pendulum/random-v0"],
+        "model": {"class_path": "ProbabilisticEnsemble", "init_args": TINY_MODEL},
+        "agent_kwargs": {key: value for key, value in SMALL.items() if key in ("policy_kwargs", "batch_size")}
+        | IMAGINED
+        | {"penalty_weight": 0.25},
+        "out": "run",
+        "seeds": [1, 2],
+        "workers": 1,
+        **RUN,
+    }
+    (home / "small.yaml").write_text(yaml.safe_dump(config))
+    main(["offline", "--config", "small.yaml"])
+    report = (home / "run" / "report.md").read_text()
+    for words in ("95 % bootstrap interval over seeds", "Protocol *last*", "penalty_weight = 0.25 (given)",
+                  "`imagined/uncertainty`", "`train/spread`", '"agent": "MOPO"'):  # fmt: skip
+        assert words in report
+    assert (home / "run" / "curve.png").stat().st_size > 1000
+    curve = (home / "run" / "seed-2" / "curve.json").read_text()
+    assert [mark["updates"] for mark in json.loads(curve)] == [20, 40, 50]
+    with pytest.raises(SystemExit):
+        main(["offline", "--config", "small.yaml"])
+    assert "pass --resume" in capsys.readouterr().err
+    main(["offline", "--config", "small.yaml", "--resume", "true"])
+    assert (home / "run" / "seed-2" / "curve.json").read_text() == curve
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--agent", "mopol"], "agent must be one of BC, "),
+        ([], "got None"),
+        (["--agent", "bc", "--dataset", "[]"], "give at least one Minari id with --dataset"),
+        (["--agent", "bc", "--dataset", "[pendulum/random-v0, gone/a-v0]"], "learneddyn collect"),
+        (["--agent", "bc", "--agent_kwargs", "{penalty_weight: 1}"], "BC does not take penalty_weight"),
+        (["--agent", "iql", "--model", "ProbabilisticEnsemble"], "IQL learns without a model"),
+        (["--agent", "iql", "--updates", "0"], "updates must be at least 1, got 0"),
+        (["--agent", "iql", "--label_actions", "true"], "there is nothing to label"),
+    ],
+)
+def test_mistakes_are_named(home, capsys, words, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["offline", "--dataset", "pendulum/random-v0", *words])
+    assert stopped.value.code == 1
+    assert message in capsys.readouterr().err
+
+
+def test_every_exported_learner_has_a_name():
+    assert {"bc", "td3bc", "iql", "mopo", "morel", "combo", "mobile", "ravl", "rambo", "edac"} <= set(_learners())
+    assert "offlinealgorithm" not in _learners()
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_presets_make_the_agent_they_name(preset, log):
+    from learneddyn.cli import _check_learner, _learner, _offline_agent
+
+    given = yaml.safe_load(preset.read_text())
+    kind, kwargs = _learner(given["agent"]), given.get("agent_kwargs", {})
+    arguments = (given.get("model") or {}).get("init_args")
+    model = None if arguments is None else ProbabilisticEnsemble(**arguments)
+    _check_learner(kind, kwargs, model)
+    small = kwargs | ({"rollout_batch": 2} if issubclass(kind, learners.OfflineMBPO) else {})
+    assert _offline_agent(kind, log, "Pendulum-v1", model, small, "cpu", 0).num_timesteps == 0
+    assert given["updates"] >= 1000
