@@ -240,7 +240,7 @@ class OfflinePolicy(FlatPolicy):
             optimizer_kwargs=optimizer_kwargs,
             squash_output=True,
         )
-        self._arguments = {
+        self._arguments: dict[str, Any] = {
             "net_arch": net_arch,
             "actor": actor,
             "n_critics": n_critics,
