@@ -15,6 +15,8 @@ Updates of actor and critics (`OfflineAlgorithm` holds data, nets, files and log
       n_critics, diversity,         SAC-N     n_critics                          `SACN`
       conservatism,                 EDAC      n_critics, diversity               `EDAC`
       entropy_backup                CQL       conservatism, no entropy backup    `CQL`
+    `GenerativeQL` (ofql.py)        OFQL      average-velocity flow, one step    `OFQL`
+      actor, eta                    DQL       diffusion of K denoising steps     `DQL`
 
 The same update inside a learned model, `OfflineMBPO` (model_based.py), is a product of parts, each of which can be off:
 
@@ -45,6 +47,7 @@ from learneddyn.offline.base import Cosine, Diverged, OfflineAlgorithm
 from learneddyn.offline.bc import BC
 from learneddyn.offline.iql import IQL
 from learneddyn.offline.model_based import COMBO, MOBILE, MOPO, RAVL, MOReL, OfflineMBPO
+from learneddyn.offline.ofql import DQL, OFQL, GenerativePolicy, GenerativeQL
 from learneddyn.offline.policy import OfflinePolicy
 from learneddyn.offline.rambo import RAMBO
 from learneddyn.offline.sac import CQL, EDAC, SACN, OfflineSAC
@@ -55,16 +58,20 @@ __all__ = [
     "BC",
     "COMBO",
     "CQL",
+    "DQL",
     "EDAC",
     "IQL",
     "MOBILE",
     "MOPO",
+    "OFQL",
     "RAMBO",
     "RAVL",
     "SACN",
     "TD3BC",
     "Cosine",
     "Diverged",
+    "GenerativePolicy",
+    "GenerativeQL",
     "MOReL",
     "OfflineAlgorithm",
     "OfflineMBPO",
