@@ -8,6 +8,6 @@ it as a head. Exact means equal to the environment within 1e-5 in float64; no pa
 float32, whose rounding of the observation moves a reward by less than 1e-5 except where a file says otherwise.
 """
 
-from learneddyn.tasks.registry import UnknownTask, get, names, of_env, register
+from learneddyn.tasks.registry import UnknownTask, get, names, of_env, register, variant
 
-__all__ = ["UnknownTask", "get", "names", "of_env", "register"]
+__all__ = ["UnknownTask", "get", "names", "of_env", "register", "variant"]

@@ -1,6 +1,7 @@
 """The tasks by exact environment id: built-in ones are imported when asked for, others registered by their owners."""
 
 import difflib
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, cast
 
@@ -95,6 +96,17 @@ def register(task: Task, *, overwrite: bool = False) -> None:
             f"environment {task.real_id!r} has a task already; pass overwrite=True to replace it, or choose another id"
         )
     _registered[task.real_id] = task
+
+
+def variant(real_id: str, base: str) -> Task:
+    """Return the task of an environment that differs from ``base`` in its dynamics only, not in what is asked.
+
+    Rewards and terminations that hold a body's measures, such as a tip's height, remain those of the base.
+
+    Raises:
+        UnknownTask: no task is known for the base.
+    """
+    return replace(get(base), real_id=real_id)
 
 
 def names() -> list[str]:
