@@ -267,7 +267,7 @@ def test_without_a_value_they_imitate(kind, log):
 def test_they_find_the_better_action(kind, bandit):
     """Uniform actions; the reward peaks at half the observation's sign, and imitation alone would be spread."""
     small = {"policy_kwargs": {"net_arch": (32, 32), "candidates": 20}, "batch_size": 64, "device": "cpu"}
-    agent = kind("MlpPolicy", bandit, seed=0, learning_rate=3e-3, **small).learn(200)
+    agent = kind("MlpPolicy", bandit, seed=0, learning_rate=3e-3, tau=0.05, **small).learn(200)
     obs = np.array([[-1.0], [1.0]], np.float32)
     assert np.abs(agent.predict(obs, deterministic=True)[0] - obs / 2).max() < 0.25
 
