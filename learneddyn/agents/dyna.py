@@ -24,7 +24,7 @@ Hooks for methods built on top; overrides call ``super()`` where they extend and
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -45,6 +45,7 @@ from learneddyn.models import AbstractDynamics, FitReport, ProbabilisticEnsemble
 from learneddyn.spaces import Spaces
 from learneddyn.world import Sampler, Sentinel, World
 
+Agent = TypeVar("Agent", bound="Dyna")
 EPOCH = 1000
 """Real steps of an epoch: the unit of the schedule of rollout lengths and of the pool's capacity."""
 
@@ -210,6 +211,19 @@ class Dyna(OffPolicyAlgorithm):
 
     def on_imagined(self, rows: Transitions) -> None:
         """Do something with the rows just imagined; nothing by default."""
+
+    def learn(
+        self: Agent,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Agent:
+        """Learn as the algorithm does; without ``tb_log_name`` TensorBoard shows the run under the class's name."""
+        name = tb_log_name or type(self).__name__
+        return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
         """Take real steps as SB3 does; then, when it is due, fit and imagine."""
