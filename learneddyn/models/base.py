@@ -186,7 +186,7 @@ class AbstractDynamics(AbstractModel):
         """Ask one member per row: the fast path of every rollout."""
 
 
-def blueprint(model: AbstractDynamics) -> Json:
+def blueprint(model: AbstractModel) -> Json:
     """Return what rebuilds a model without its weights: class, arguments, and whether it has been fitted."""
     kind = type(model)
     return {
@@ -196,10 +196,10 @@ def blueprint(model: AbstractDynamics) -> Json:
     }
 
 
-def from_blueprint(card: Json, spaces: Spaces) -> AbstractDynamics:
+def from_blueprint(card: Json, spaces: Spaces) -> Any:
     """Return the model on a card; where it was fitted its parameters are made, for weights to be loaded."""
     module, name = card["class"]
-    model: AbstractDynamics = getattr(importlib.import_module(module), name)(**card["config"])
+    model = getattr(importlib.import_module(module), name)(**card["config"])
     if card["fitted"]:
         model._build(spaces)
         model.spaces = spaces

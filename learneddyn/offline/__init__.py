@@ -20,18 +20,20 @@ Updates of actor and critics (`OfflineAlgorithm` holds data, nets, files and log
 
 The same update inside a learned model, `OfflineMBPO` (model_based.py), is a product of parts, each of which can be off:
 
-    dynamics model   x reward transform  x selector   x critic rule           x data mix
-    ``model``: any     ``penalty``,        ``sampler``  ``n_critics``,          ``real_ratio``, ``horizon``,
-    dynamics           ``penalty_weight``,              ``diversity``,          ``rollout_batch``,
-                       ``pessimism``                    ``conservatism``,       ``rollout_every``,
-                                                        ``inconsistency``       ``retain``
+    dynamics model   x reward transform  x selector            x critic rule           x data mix
+    ``model``: any     ``penalty``,        ``sampler`` or        ``n_critics``,          ``real_ratio``, ``horizon``,
+    dynamics           ``penalty_weight``, ``dynamics_reward``   ``diversity``,          ``rollout_batch``,
+                       ``pessimism``                             ``conservatism``,       ``rollout_every``,
+                                                                 ``inconsistency``       ``retain``
 
-    MBPO, offline      penalty_weight = 0  elite        twin                    real_ratio .05
-    `MOPO`             max_aleatoric, λ    elite        twin                    .05
-    `MOReL`            HALT                elite        twin                    .05
-    `COMBO`            none                elite        conservatism β          .5
-    `MOBILE`           none                elite        inconsistency           .05
-    `RAVL`             none                elite        n_critics, diversity η  .05
+    MBPO, offline      penalty_weight = 0  elite                 twin                    real_ratio .05
+    `MOPO`             max_aleatoric, λ    elite                 twin                    .05
+    `MOReL`            HALT                elite                 twin                    .05
+    `COMBO`            none                elite                 conservatism β          .5
+    `MOBILE`           none                elite                 inconsistency           .05
+    `RAVL`             none                elite                 n_critics, diversity η  .05
+    `MOREC`            max_aleatoric, λ    r^D filter            twin                    .05, horizon 100
+    `MORECMOBILE`      none                r^D filter            inconsistency           .05, horizon 100
 
 `RAMBO` (rambo.py) adds the last part, the model's trainer: an adversary of weight λ beside the fit to the log.
 
@@ -45,14 +47,17 @@ Logs whose actions are missing in part or for the most part go through `semi_sup
 
 from learneddyn.offline.base import Cosine, Diverged, OfflineAlgorithm
 from learneddyn.offline.bc import BC
+from learneddyn.offline.dynamics_reward import DynamicsReward
 from learneddyn.offline.iql import IQL
 from learneddyn.offline.model_based import COMBO, MOBILE, MOPO, RAVL, MOReL, OfflineMBPO
+from learneddyn.offline.morec import MOREC, MORECMOBILE
 from learneddyn.offline.ofql import DQL, OFQL, GenerativePolicy, GenerativeQL
 from learneddyn.offline.policy import OfflinePolicy
 from learneddyn.offline.rambo import RAMBO
 from learneddyn.offline.sac import CQL, EDAC, SACN, OfflineSAC
 from learneddyn.offline.ss_orl import ProxyLabelled, hide_actions, semi_supervised
 from learneddyn.offline.td3 import TD3BC, OfflineTD3, ReBRAC
+from learneddyn.offline.transition_filter import TransitionFilter
 
 __all__ = [
     "BC",
@@ -63,6 +68,8 @@ __all__ = [
     "IQL",
     "MOBILE",
     "MOPO",
+    "MOREC",
+    "MORECMOBILE",
     "OFQL",
     "RAMBO",
     "RAVL",
@@ -70,6 +77,7 @@ __all__ = [
     "TD3BC",
     "Cosine",
     "Diverged",
+    "DynamicsReward",
     "GenerativePolicy",
     "GenerativeQL",
     "MOReL",
@@ -80,6 +88,7 @@ __all__ = [
     "OfflineTD3",
     "ProxyLabelled",
     "ReBRAC",
+    "TransitionFilter",
     "hide_actions",
     "semi_supervised",
 ]

@@ -11,7 +11,8 @@
     real_ratio               .05     .05        .05          .5          .05            .05
     entropy in the target    yes     yes        yes          no          no             yes
 
-The transition selector is the world's sampler ("elite": an elite drawn anew per row and step). Every column
+The transition selector is the world's sampler ("elite": an elite drawn anew per row and step), or, given a dynamics
+reward, the filter of `learneddyn.offline.transition_filter`, under any of the columns (MOREC, morec.py). Every column
 is MBPO with a weight that can be 0: MOPO at λ = 0, MOReL with pessimism 0, COMBO at β = 0, MOBILE at weight 0 and RAVL
 with two critics and η = 0 are the same updates, bit for bit where the settings that remain agree.
 
@@ -31,13 +32,15 @@ from torch import Tensor
 
 from learneddyn.agents.diagnostics import imagination_figures
 from learneddyn.agents.dyna import default_dynamics
-from learneddyn.core import DataError, Dynamics, Json, Penalty, Prediction, State, Task, Transitions
+from learneddyn.core import DataError, Dynamics, Json, Penalty, Prediction, RewardFn, State, Task, Transitions
 from learneddyn.data.replay import Batch, MixedReplay, Replay
-from learneddyn.models import AbstractDynamics, blueprint, from_blueprint
+from learneddyn.models import AbstractDynamics, AbstractModel, blueprint, from_blueprint
 from learneddyn.offline.base import Cosine, Diverged
 from learneddyn.offline.dataset import Data, bounds
+from learneddyn.offline.dynamics_reward import DynamicsReward
 from learneddyn.offline.policy import OfflinePolicy, SquashedActor
 from learneddyn.offline.sac import DIVERSE_NETS, WIDE, OfflineSAC
+from learneddyn.offline.transition_filter import TransitionFilter, filter_figures, reward_above
 from learneddyn.spaces import Spaces
 from learneddyn.world import PENALTIES, Sampler, World, penalty_below
 
@@ -54,6 +57,12 @@ class OfflineMBPO(OfflineSAC):
         model: any dynamics; an `AbstractDynamics` that is not fitted is fitted in place when learning begins, and the
             published ensemble with the heads that the task needs is the default. The truth will do, too.
         sampler: of the world, see `learneddyn.world.sampling`.
+        dynamics_reward: r^D of the filter that takes the sampler's place; a `DynamicsReward` that has not learned yet
+            learns when learning begins, from the log.
+        filter_temperature: κ of the filter, 0 for the largest r^D.
+        filter_draws: candidates per elite.
+        least_dynamics_reward: a step of lower r^D ends the rollout, terminated, with its own reward; with the range of
+            `DynamicsReward` 0.693 is a step that might as well be invented, and 0 ends none.
         penalty: u, a name of `learneddyn.world.PENALTIES` or a function.
         penalty_weight: λ, in units of the logged reward per unit of u.
         pessimism: c > 0 halts imagination where two members lie further apart than the largest distance on the log / c;
@@ -71,7 +80,8 @@ class OfflineMBPO(OfflineSAC):
         **common: see `OfflineSAC`. Without a ``task`` reward and termination are learned from the log's flags.
 
     Raises:
-        ValueError: an argument outside its range, or a model fitted on other spaces or with too few elites.
+        ValueError: an argument outside its range, a dynamics reward beside another sampler or pessimism, a model or
+            dynamics reward of other spaces than the data's, or a model with too few elites.
         DataError: neither a task nor a terminal flag says whether imagined rollouts end.
         Diverged: the model's steps are not finite, or a loss (see `OfflineAlgorithm.learn`).
     """
@@ -83,6 +93,10 @@ class OfflineMBPO(OfflineSAC):
         *,
         model: Dynamics | AbstractDynamics | None = None,
         sampler: str | Sampler = "elite",
+        dynamics_reward: DynamicsReward | RewardFn | None = None,
+        filter_temperature: float = 0.1,
+        filter_draws: int = 2,
+        least_dynamics_reward: float = 0.6,
         penalty: str | Penalty = "max_aleatoric",
         penalty_weight: float = 0.0,
         pessimism: float = 0.0,
@@ -118,6 +132,9 @@ class OfflineMBPO(OfflineSAC):
         self.model = model
         self._model_card: Json | None = None  # of a saved agent; empty if its model is no AbstractDynamics
         self.sampler, self.penalty, self.penalty_weight = sampler, penalty, penalty_weight
+        self.dynamics_reward, self.filter_temperature = dynamics_reward, filter_temperature
+        self.filter_draws, self.least_dynamics_reward = filter_draws, least_dynamics_reward
+        self._reward_card: Json | None = None  # of a saved agent; empty if its dynamics reward is a plain function
         self.pessimism, self.halt_offset = pessimism, halt_offset
         self.inconsistency, self.inconsistency_draws, self.clip_target = inconsistency, inconsistency_draws, clip_target
         self.horizon, self.rollout_batch, self.rollout_every = horizon, rollout_batch, rollout_every
@@ -137,11 +154,19 @@ class OfflineMBPO(OfflineSAC):
         spaces = Spaces(self.observation_space, self.action_space)
         if self.model is None and self._model_card:
             self.model = from_blueprint(self._model_card, spaces)
-        if isinstance(self.model, AbstractDynamics):
-            self.model.to(self.device)
+        if self.dynamics_reward is None and self._reward_card:
+            self.dynamics_reward = from_blueprint(self._reward_card, spaces)
+        for part in (self.model, self.dynamics_reward):
+            if isinstance(part, AbstractModel):
+                part.to(self.device)
 
     def _fill(self, rows: Transitions) -> None:
         super()._fill(rows)
+        if self.dynamics_reward is not None and (self.sampler != "elite" or self.pessimism):
+            raise ValueError(
+                "a dynamics_reward chooses steps and ends rollouts: leave sampler at 'elite' and pessimism at 0, got "
+                f"{self.sampler!r} and {self.pessimism}"
+            )
         if self.task is None:
             if not bool(rows.terminated.any()):
                 raise DataError(
@@ -169,6 +194,13 @@ class OfflineMBPO(OfflineSAC):
         assert self.task is not None
         penalty = PENALTIES[self.penalty] if isinstance(self.penalty, str) else self.penalty
         halting: dict[str, Any] = {}
+        sampler = self.sampler
+        if self.dynamics_reward is not None:
+            sampler = TransitionFilter(
+                self.dynamics_reward, temperature=self.filter_temperature, draws=self.filter_draws
+            )
+            halting["trust"] = reward_above(self.dynamics_reward, self.least_dynamics_reward)
+            halting["halt_reward"] = "kept"
         if self.pessimism:
             threshold = discrepancy(self.model, self.rows) / self.pessimism
             halting["trust"] = penalty_below(self.model, PENALTIES["max_pairwise_diff"], threshold)
@@ -176,7 +208,7 @@ class OfflineMBPO(OfflineSAC):
         return World(
             self.model,
             self.task,
-            sampler=self.sampler,
+            sampler=sampler,
             penalty=penalty,
             penalty_weight=self.penalty_weight,
             **halting,
@@ -189,10 +221,16 @@ class OfflineMBPO(OfflineSAC):
                 raise ValueError(
                     f"this {type(self).__name__} was saved without its model: use load(path, data=..., model=...)"
                 )
-            if isinstance(self.model, AbstractDynamics) and self.model.spaces is None:
-                report = self.model.fit(self.rows, rng=self._rng)
-                for name, value in report.metrics.items():
-                    self.logger.record(f"model/{name}", value)
+            if self.dynamics_reward is None and self._reward_card is not None:
+                raise ValueError(
+                    f"this {type(self).__name__} was saved without its dynamics reward, a function: use load(path, "
+                    "data=..., dynamics_reward=...)"
+                )
+            for kind, part in (("model", self.model), ("dynamics_reward", self.dynamics_reward)):
+                if isinstance(part, AbstractModel) and part.spaces is None:
+                    report = part.fit(self.rows, rng=self._rng)
+                    for name, value in report.metrics.items():
+                        self.logger.record(f"{kind}/{name}", value)
             self._check_model(self.model)
             self.world = self.make_world()
         return found
@@ -201,6 +239,9 @@ class OfflineMBPO(OfflineSAC):
         """Refuse a fitted model that does not go with the data or the critic rule."""
         if model.spaces != self.rows.spaces:
             raise ValueError(f"the model was fitted on {model.spaces}, the data has {self.rows.spaces}")
+        judge = self.dynamics_reward
+        if isinstance(judge, DynamicsReward) and judge.spaces != self.rows.spaces:
+            raise ValueError(f"the dynamics reward was learned on {judge.spaces}, the data has {self.rows.spaces}")
         if self.inconsistency and len(model.elites) < 2:
             raise ValueError(f"inconsistency compares elites and needs at least 2, the model has {len(model.elites)}")
 
@@ -222,6 +263,9 @@ class OfflineMBPO(OfflineSAC):
         self.imagined.add(self._prepared(rows))
         for name, value in imagination_figures(self.world, rows).items():
             self.logger.record(name, value)
+        if isinstance(self.world.sampler, TransitionFilter):
+            for name, value in filter_figures(self.world, rows, self.rows, self.least_dynamics_reward).items():
+                self.logger.record(name, value)
         self.logger.record("imagined/length", len(rows) / self.rollout_batch)
         self.logger.record("imagined/reward", float(rows.reward.mean()))
         return rows
@@ -252,15 +296,19 @@ class OfflineMBPO(OfflineSAC):
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
         """Write an SB3 zip file with nets, optimisers, dynamics model and the generator's state; no data."""
         self._model_card = blueprint(self.model) if isinstance(self.model, AbstractDynamics) else {}
+        if self.dynamics_reward is not None:
+            judge = self.dynamics_reward
+            self._reward_card = blueprint(judge) if isinstance(judge, DynamicsReward) else {}
         super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["model", "world", "rows", "imagined", "_mixed", "_low", "_high"]
+        own = ["model", "dynamics_reward", "world", "rows", "imagined", "_mixed", "_low", "_high"]
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modules, tensors = super()._get_torch_save_params()
-        return [*modules, *(["model"] if isinstance(self.model, AbstractDynamics) else [])], tensors
+        own = [name for name in ("model", "dynamics_reward") if isinstance(getattr(self, name), AbstractModel)]
+        return [*modules, *own], tensors
 
 
 @torch.no_grad()
