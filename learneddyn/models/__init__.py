@@ -1,23 +1,29 @@
 """Learned dynamics: p(next_obs, reward, terminated | obs, action); and inverse dynamics, p(action | states)."""
 
 from learneddyn.models.base import AbstractDynamics, AbstractModel, FitReport, ModelFileError, blueprint, from_blueprint
+from learneddyn.models.continual import AbstractContinual
 from learneddyn.models.ensemble import ProbabilisticEnsemble
 from learneddyn.models.hybrid import Hybrid
+from learneddyn.models.hypercrl import HyperCRL
 from learneddyn.models.inverse import InverseDynamics
 from learneddyn.models.koopman import Koopman
+from learneddyn.models.multi_head import MultiHead
 from learneddyn.models.plrnn import PLRNN
 from learneddyn.models.sindy import SINDy
 from learneddyn.models.weighting import distance_weights, value_weights
 
 __all__ = [
     "PLRNN",
+    "AbstractContinual",
     "AbstractDynamics",
     "AbstractModel",
     "FitReport",
     "Hybrid",
+    "HyperCRL",
     "InverseDynamics",
     "Koopman",
     "ModelFileError",
+    "MultiHead",
     "ProbabilisticEnsemble",
     "SINDy",
     "blueprint",

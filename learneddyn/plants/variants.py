@@ -40,9 +40,9 @@ def register_variant(env_id: str, base: str, *, bodies: Bodies | None = None, gr
     Raises:
         ValueError: a change that `make_variant` refuses.
     """
-    kwargs = {"base": base, "bodies": {name: dict(change) for name, change in (bodies or {}).items()}}
+    kwargs: dict[str, Any] = {"base": base, "bodies": {name: dict(change) for name, change in (bodies or {}).items()}}
     kwargs |= {} if gravity is None else {"gravity": gravity}
-    make_variant(**kwargs).close()
+    make_variant(**kwargs).close()  # type: ignore[no-untyped-call]
     gym.registry.pop(env_id, None)
     entry = f"{make_variant.__module__}:{make_variant.__name__}"
     gym.register(env_id, entry, max_episode_steps=gym.spec(base).max_episode_steps, kwargs=kwargs)
@@ -80,10 +80,10 @@ def make_variant(base: str, bodies: Bodies | None = None, gravity: float | None 
 
 
 @cache
-def _variant_of(kind: type[MujocoEnv]) -> Any:
+def _variant_of(kind: Any) -> Any:
     """Return the subclass of an environment that changes its model; one for all variants of it."""
 
-    class Variant(kind):  # type: ignore[valid-type, misc]
+    class Variant(kind):  # type: ignore[misc]
         def __init__(self, base: str, bodies: Bodies, gravity: float | None, kwargs: dict[str, Any]) -> None:
             self._made_of = (base, bodies, gravity, kwargs)
             super().__init__(**kwargs)
