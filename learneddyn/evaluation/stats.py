@@ -82,6 +82,36 @@ def bootstrap_interval(
     return _interval(value, np.concatenate(draws), level, sample if method == "bca" else None, statistic)
 
 
+def crossed_interval(values: Any, *, level: float = 0.95, resamples: int = 5000, seed: int = 0) -> Estimate:
+    """Return the mean of a table and its percentile interval, both of whose sides are samples.
+
+    Rows (members of an ensemble) and columns (start states) are resampled independently of each other: Owen, "The
+    Pigeonhole Bootstrap", 2007. A side of one entry is held fixed.
+
+    Args:
+        values: ``[m, n]``, one figure for every pair.
+        level: nominal coverage.
+        resamples: number of bootstrap samples.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: not a finite table.
+    """
+    table = _finite("values", values, 2)
+    _check(level, resamples)
+    value = float(table.mean())
+    if table.size == 1:
+        return Estimate(value, -math.inf, math.inf)
+    rng = np.random.default_rng(seed)
+    draws = []
+    rows = max(1, _CHUNK // max(table.shape))
+    for done in range(0, resamples, rows):
+        size = min(rows, resamples - done)
+        left, right = (rng.multinomial(side, [1 / side] * side, size=size) / side for side in table.shape)
+        draws.append(((left @ table) * right).sum(axis=1))
+    return _interval(value, np.concatenate(draws), level)
+
+
 def bootstrap_difference(
     first: Any,
     second: Any,

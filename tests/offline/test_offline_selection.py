@@ -1,0 +1,146 @@
+"""Choosing a policy without the plant: what the log, the model and the held-out rows say, side by side."""
+
+import copy
+from dataclasses import replace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from learneddyn.core import DataError, Outcome, Prediction, Task, Transitions, generator
+from learneddyn.data import collect
+from learneddyn.evaluation import correlation, crossed_interval, evaluate
+from learneddyn.offline.selection import model_error, rank, return_in_model
+from learneddyn.reproduce.conservatism import Swinger
+from learneddyn.spaces import Spaces
+from learneddyn.tasks.endless import never
+from learneddyn.world import World
+
+SPACES = Spaces(gym.spaces.Box(-np.inf, np.inf, (1,), np.float32), gym.spaces.Box(-2.0, 2.0, (1,), np.float32))
+TASK = Task("Line-v0", reward=lambda obs, action, after: after[:, 0], terminated=never, max_episode_steps=4)
+
+
+class Drifting:
+    """Three members that move by the action plus a drift of their own; the last is no elite."""
+
+    num_members, drift = 3, torch.tensor([0.0, 1.0, 50.0])
+    elites = torch.tensor([0, 1])
+
+    def __init__(self) -> None:
+        self.spaces = SPACES
+
+    def predict(self, obs, action, memory=None):
+        mean = (obs + action) + self.drift[:, None, None]
+        return Prediction(mean, torch.zeros_like(mean), self.elites)
+
+    def sample(self, obs, action, member, rng, memory=None, *, noise=True):
+        return Outcome(obs + action + self.drift[member][:, None])
+
+
+class Constant:
+    def __init__(self, action: float) -> None:
+        self.action = action
+
+    def predict(self, observation, state=None, episode_start=None, deterministic=False):
+        return np.full((len(observation), 1), self.action, np.float32), state
+
+
+def line(rows: int = 400, low: float = -2.0, high: float = 2.0) -> Transitions:
+    """Steps of the plant (no drift) under uniform actions, 4 to an episode."""
+    rng = generator(0)
+    action = low + (high - low) * torch.rand(rows, 1, generator=rng)
+    start = torch.randn(rows // 4, 1, generator=rng).repeat_interleave(4, 0)
+    after = start + action.view(-1, 4).cumsum(1).reshape(-1, 1)
+    obs, number = after - action, torch.arange(rows) // 4
+    return Transitions(obs, action, after[:, 0], after, number < 0, number, SPACES)
+
+
+def test_every_elite_plays_every_start():
+    """Return from 0 under a constant action a and drift d over 4 steps: 10 (a + d)."""
+    start = torch.tensor([[0.0], [0.5]])
+    found = return_in_model(Constant(0.5), World(Drifting(), TASK), start)
+    of_members = [[10 * (0.5 + drift) + 4 * first for first in (0.0, 0.5)] for drift in (0.0, 1.0)]
+    assert found == crossed_interval(np.array(of_members))
+    assert found.value == pytest.approx(11.0)
+    assert found.low == pytest.approx(5.0)
+    assert found.high == pytest.approx(17.0)
+
+
+def test_model_error_counts_rows_near_the_policy():
+    log = line()
+    assert model_error(Drifting(), log) == pytest.approx(0.5 / float((log.next_obs - log.obs).std(correction=0)))
+
+    class Half(Drifting):
+        """Right where actions are negative."""
+
+        def predict(self, obs, action, memory=None):
+            mean = (obs + action + (action > 0))[None].expand(3, -1, -1)
+            return Prediction(mean, torch.zeros_like(mean), self.elites)
+
+    errors = [model_error(Half(), log, Constant(action)) for action in (-1.5, 0.0, 1.5)]
+    assert errors[0] < 0.05 < errors[1] < errors[2]
+    with pytest.raises(DataError, match="no held-out action lies near those of Constant"):
+        model_error(Half(), line(40, high=-1.5), Constant(1.9))
+
+
+def test_rank_of_constant_actions():
+    log, policies = line(), {name: Constant(action) for name, action in (("back", -1.0), ("on", 1.0), ("stay", 0.0))}
+    options = {"gamma": 0.5, "hidden": (32,), "members": 2, "updates": 300, "learning_rate": 5e-3}
+    world = World(Drifting(), TASK)
+    ranking = rank(policies, log, worlds=world, held_out=log, starts=20, **options)
+    assert [row.name for row in ranking.candidates] == ["on", "stay", "back"]
+    assert ranking.best == "on"
+    inside = [row.in_model.value for row in ranking.candidates]
+    assert inside == sorted(inside, reverse=True)
+    text = str(ranking)
+    assert text.count("\n") == 4
+    assert text.splitlines()[2].startswith("| on | ")
+    assert [row["name"] for row in ranking.to_json()] == ["on", "stay", "back"]
+    alone = rank({"on": Constant(1.0)}, log, **options | {"updates": 5})
+    assert alone.candidates[0].in_model is None
+    far = rank({"on": Constant(1.9)}, log, worlds={"on": world}, held_out=line(40, high=-1.5), starts=3, **options)
+    assert far.candidates[0].model_error == np.inf
+    assert far.to_json()[0]["model_error"] is None
+
+
+def test_bad_input_is_named():
+    log = line(40)
+    with pytest.raises(ValueError, match="at least one policy"):
+        rank({}, log)
+    with pytest.raises(ValueError, match="pass worlds, too"):
+        rank({"a": Constant(0.0)}, log, held_out=log)
+    with pytest.raises(ValueError, match=r"no world for \['b'\], given are those of \['a'\]"):
+        rank({"a": Constant(0.0), "b": Constant(1.0)}, log, worlds={"a": World(Drifting(), TASK)})
+    with pytest.raises(ValueError, match="has no time limit: pass horizon="):
+        endless = World(Drifting(), replace(TASK, max_episode_steps=None))
+        return_in_model(Constant(0.0), endless, torch.zeros(2, 1))
+    with pytest.raises(DataError, match="NaN"):
+        model_error(Drifting(), replace(log, obs=log.obs / 0))
+
+
+def test_pendulum_policies_come_out_in_their_true_order():
+    """Controllers of different strength, judged from the log of a mixture of others."""
+    mixture = [(1.0, Swinger(quality, seed)) for seed, quality in enumerate((0.0, 0.2, 0.5, 0.8))]
+    log = collect("Pendulum-v1", steps=8000, behaviour=mixture, lanes=8, progress=False)
+    policies = {str(quality): Swinger(quality, 0, noise=0.0) for quality in (0.0, 0.35, 0.9)}
+    real = {name: evaluate(copy.deepcopy(policy), "Pendulum-v1", episodes=6).mean for name, policy in policies.items()}
+    ranking = rank(policies, log, gamma=0.97, hidden=(32, 32), members=2, updates=800, batch_size=128, tau=0.1)
+    found = {row.name: row.fqe.value for row in ranking.candidates}
+    assert correlation([found[name] for name in real], list(real.values())).value == 1.0
+    assert max(real, key=real.get) == ranking.best
+
+
+def test_crossed_intervals_cover():
+    """Rows and columns both count: the interval of a mean of row effects + column effects covers its truth."""
+    rng, hits = np.random.default_rng(0), 0
+    for trial in range(200):
+        table = rng.normal(size=(8, 1)) + rng.normal(size=(1, 30)) + 0.1 * rng.normal(size=(8, 30))
+        low, high = crossed_interval(table, resamples=300, seed=trial)[1:]
+        hits += low <= 0 <= high
+    assert 170 <= hits <= 199
+    assert crossed_interval([[3.0]]) == (3.0, -np.inf, np.inf)
+    one = crossed_interval(np.arange(5.0)[None])
+    assert one.low < one.value == 2.0 < one.high
+    with pytest.raises(ValueError, match="2 axes"):
+        crossed_interval([1.0, 2.0])
