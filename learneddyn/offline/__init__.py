@@ -42,12 +42,16 @@ hold both. A method of your own is another choice of parts: ``OfflineMBPO("MlpPo
 penalty_weight=2.0, n_critics=10, diversity=1.0)``; a new selector is a `learneddyn.world.Sampler`, a new penalty a
 `learneddyn.core.Penalty`.
 
-Logs whose actions are missing in part or for the most part go through `semi_supervised` (ss_orl.py) first.
+A penalty weight "quantile:c" (weight_rule.py) carries over from one data set to another. Logs whose actions are missing
+in part or for the most part go through `semi_supervised` (ss_orl.py) first. `rank` (selection.py) chooses between
+policies without the plant, and `save_imagined` writes what an agent has imagined as a Minari data set.
 """
 
 from learneddyn.offline.base import Cosine, Diverged, OfflineAlgorithm
 from learneddyn.offline.bc import BC
 from learneddyn.offline.dynamics_reward import DynamicsReward
+from learneddyn.offline.fqe import PolicyValue, fqe
+from learneddyn.offline.imagined import imagined_log, save_imagined
 from learneddyn.offline.iql import IQL
 from learneddyn.offline.model_based import COMBO, MOBILE, MOPO, RAVL, MOReL, OfflineMBPO
 from learneddyn.offline.morec import MOREC, MORECMOBILE
@@ -55,6 +59,7 @@ from learneddyn.offline.ofql import DQL, OFQL, GenerativePolicy, GenerativeQL
 from learneddyn.offline.policy import OfflinePolicy
 from learneddyn.offline.rambo import RAMBO
 from learneddyn.offline.sac import CQL, EDAC, SACN, OfflineSAC
+from learneddyn.offline.selection import Ranking, model_error, rank, return_in_model
 from learneddyn.offline.ss_orl import ProxyLabelled, hide_actions, semi_supervised
 from learneddyn.offline.td3 import TD3BC, OfflineTD3, ReBRAC
 from learneddyn.offline.transition_filter import TransitionFilter
@@ -86,9 +91,17 @@ __all__ = [
     "OfflinePolicy",
     "OfflineSAC",
     "OfflineTD3",
+    "PolicyValue",
     "ProxyLabelled",
+    "Ranking",
     "ReBRAC",
     "TransitionFilter",
+    "fqe",
     "hide_actions",
+    "imagined_log",
+    "model_error",
+    "rank",
+    "return_in_model",
+    "save_imagined",
     "semi_supervised",
 ]

@@ -32,9 +32,10 @@ from torch import Tensor
 
 from learneddyn.agents.diagnostics import imagination_figures
 from learneddyn.agents.dyna import default_dynamics
-from learneddyn.core import DataError, Dynamics, Json, Penalty, Prediction, RewardFn, State, Task, Transitions
+from learneddyn.core import DataError, Dynamics, Json, Penalty, Prediction, RewardFn, Task, Transitions
 from learneddyn.data.replay import Batch, MixedReplay, Replay
 from learneddyn.models import AbstractDynamics, AbstractModel, blueprint, from_blueprint
+from learneddyn.offline import weight_rule
 from learneddyn.offline.base import Cosine, Diverged
 from learneddyn.offline.dataset import Data, bounds
 from learneddyn.offline.dynamics_reward import DynamicsReward
@@ -64,7 +65,8 @@ class OfflineMBPO(OfflineSAC):
         least_dynamics_reward: a step of lower r^D ends the rollout, terminated, with its own reward; with the range of
             `DynamicsReward` 0.693 is a step that might as well be invented, and 0 ends none.
         penalty: u, a name of `learneddyn.world.PENALTIES` or a function.
-        penalty_weight: λ, in units of the logged reward per unit of u.
+        penalty_weight: λ, in units of the logged reward per unit of u; or a rule that measures both on the log,
+            ``"quantile:c"`` (`learneddyn.offline.weight_rule`). ``penalty_rule`` then tells the rule and the number.
         pessimism: c > 0 halts imagination where two members lie further apart than the largest distance on the log / c;
             such a step ends the rollout, terminated, and pays the least logged reward + ``halt_offset``.
         halt_offset: see there; in units of the logged reward, at most 0.
@@ -98,7 +100,7 @@ class OfflineMBPO(OfflineSAC):
         filter_draws: int = 2,
         least_dynamics_reward: float = 0.6,
         penalty: str | Penalty = "max_aleatoric",
-        penalty_weight: float = 0.0,
+        penalty_weight: float | str = 0.0,
         pessimism: float = 0.0,
         halt_offset: float = 0.0,
         inconsistency: float = 0.0,
@@ -116,7 +118,6 @@ class OfflineMBPO(OfflineSAC):
     ) -> None:
         for name, ok, value, allowed in (
             ("penalty", not isinstance(penalty, str) or penalty in PENALTIES, penalty, f"one of {sorted(PENALTIES)}"),
-            ("penalty_weight", penalty_weight >= 0, penalty_weight, "at least 0"),
             ("pessimism", pessimism >= 0, pessimism, "at least 0"),
             ("halt_offset", halt_offset <= 0, halt_offset, "at most 0"),
             ("inconsistency", inconsistency >= 0, inconsistency, "at least 0"),
@@ -129,6 +130,7 @@ class OfflineMBPO(OfflineSAC):
         ):
             if not ok:
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        weight_rule.factor(penalty_weight)
         self.model = model
         self._model_card: Json | None = None  # of a saved agent; empty if its model is no AbstractDynamics
         self.sampler, self.penalty, self.penalty_weight = sampler, penalty, penalty_weight
@@ -193,6 +195,7 @@ class OfflineMBPO(OfflineSAC):
         assert self.model is not None
         assert self.task is not None
         penalty = PENALTIES[self.penalty] if isinstance(self.penalty, str) else self.penalty
+        weight = weight_rule.weight_of(self.penalty_weight, self.model, self.rows, penalty)
         halting: dict[str, Any] = {}
         sampler = self.sampler
         if self.dynamics_reward is not None:
@@ -210,9 +213,21 @@ class OfflineMBPO(OfflineSAC):
             self.task,
             sampler=sampler,
             penalty=penalty,
-            penalty_weight=self.penalty_weight,
+            penalty_weight=weight,
             **halting,
         )
+
+    @property
+    def penalty_rule(self) -> str:
+        """The penalty's weight as it was asked for and, if that was a rule, what it came to on this log and model.
+
+        Raises:
+            ValueError: the agent has not begun to learn, so that the rule has not been applied.
+        """
+        if self.world is None:
+            raise ValueError(f"this {type(self).__name__} has not learned yet: its penalty weight is not known")
+        weight = f"{self.world.penalty_weight:.4g}"
+        return f"{self.penalty_weight} -> {weight}" if isinstance(self.penalty_weight, str) else weight
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         found = super()._setup_learn(*args, **kwargs)
@@ -233,6 +248,7 @@ class OfflineMBPO(OfflineSAC):
                         self.logger.record(f"{kind}/{name}", value)
             self._check_model(self.model)
             self.world = self.make_world()
+            self.logger.record("imagined/penalty_rule", self.penalty_rule, exclude=("csv", "tensorboard"))
         return found
 
     def _check_model(self, model: Dynamics) -> None:
@@ -266,6 +282,7 @@ class OfflineMBPO(OfflineSAC):
         if isinstance(self.world.sampler, TransitionFilter):
             for name, value in filter_figures(self.world, rows, self.rows, self.least_dynamics_reward).items():
                 self.logger.record(name, value)
+        self.logger.record("imagined/penalty_weight", self.world.penalty_weight)
         self.logger.record("imagined/length", len(rows) / self.rollout_batch)
         self.logger.record("imagined/reward", float(rows.reward.mean()))
         return rows
@@ -311,17 +328,9 @@ class OfflineMBPO(OfflineSAC):
         return [*modules, *own], tensors
 
 
-@torch.no_grad()
-def discrepancy(model: Dynamics, data: Transitions, chunk: int = 50_000) -> float:
+def discrepancy(model: Dynamics, data: Transitions) -> float:
     """Return the largest distance between two members' means at one logged step, ``max_D max_ij |μ_i - μ_j|``."""
-    largest = 0.0
-    for first in range(0, len(data), chunk):
-        rows = data[first : first + chunk]
-        prediction = model.predict(rows.obs, rows.action)
-        after = State(rows.next_obs, prediction.elites[0].expand(len(rows)))
-        distance = PENALTIES["max_pairwise_diff"](rows.obs, rows.action, prediction, after)
-        largest = max(largest, float(distance.max()))
-    return largest
+    return float(weight_rule.penalties_of(model, data, PENALTIES["max_pairwise_diff"]).max())
 
 
 @torch.no_grad()
@@ -357,7 +366,7 @@ class MOPO(OfflineMBPO):
         policy: see `OfflineAlgorithm`.
         data: see `OfflineAlgorithm`.
         penalty: u; the source's is "max_aleatoric".
-        penalty_weight: λ, 0.5 to 5 in the source.
+        penalty_weight: λ, 0.5 to 5 in the source; see `OfflineMBPO`.
         **common: see `OfflineMBPO`.
     """
 
@@ -367,7 +376,7 @@ class MOPO(OfflineMBPO):
         data: Data | None = None,
         *,
         penalty: str | Penalty = "max_aleatoric",
-        penalty_weight: float = 1.0,
+        penalty_weight: float | str = 1.0,
         **common: Any,
     ) -> None:
         super().__init__(policy, data, penalty=penalty, penalty_weight=penalty_weight, **common)

@@ -45,7 +45,7 @@ class MOREC(OfflineMBPO):
         data: Data | None = None,
         *,
         dynamics_reward: DynamicsReward | RewardFn | None = None,
-        penalty_weight: float = 0.5,
+        penalty_weight: float | str = 0.5,
         horizon: int = 100,
         rollout_batch: int = 2000,
         **common: Any,
@@ -85,7 +85,7 @@ class MORECMOBILE(MOREC):
         data: Data | None = None,
         *,
         inconsistency: float = 0.5,
-        penalty_weight: float = 0.0,
+        penalty_weight: float | str = 0.0,
         actor_learning_rate: float | Callable[[float], float] | None = Cosine(1e-4),  # noqa: B008 (immutable)
         entropy_backup: bool = False,
         **common: Any,

@@ -250,7 +250,7 @@ def test_whether_rollouts_end_must_be_known(log):
     ("argument", "message"),
     [
         ({"penalty": "variance"}, "penalty must be one of .* got 'variance'"),
-        ({"penalty_weight": -1.0}, "penalty_weight must be at least 0"),
+        ({"penalty_weight": -1.0}, "penalty_weight must be a number of at least 0 or .*, got -1"),
         ({"halt_offset": 5.0}, "halt_offset must be at most 0, got 5"),
         ({"horizon": 0}, "horizon must be at least 1, got 0"),
         ({"real_ratio": 1.5}, r"real_ratio must be in \[0, 1\], got 1.5"),
