@@ -6,13 +6,14 @@ Interpretable Symbolic Codes in Dynamical Systems Reconstruction" (2024).
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from learneddyn.core import Transitions
 from learneddyn.models.forcing import AdaptiveForcing, forced_loss
 from learneddyn.models.regression import AbstractRegression, Answer
+from learneddyn.models.windows import longest_window, window_starts, windows
 from learneddyn.spaces import Spaces
 
 KINDS = ("shallow", "clipped", "almost-linear")
@@ -191,8 +192,8 @@ class PLRNN(AbstractRegression):
             std = column.std(dim=0, correction=0)
             getattr(self, f"{name}_std").copy_(torch.where(std < 1e-9, torch.ones_like(std), std))
         self._initialise(rng)
-        window = min(self.window, int(train.episode.unique_consecutive(return_counts=True)[1].max()))
-        starts, judged = (_window_starts(part, window) for part in (train, test))
+        window = longest_window(train, self.window)
+        starts, judged = (window_starts(part, window) for part in (train, test))
         parts = [self._sequences(part) for part in (train, test)]
         watched = judged[:: max(1, len(judged) // 64)] if len(judged) else starts[:: max(1, len(starts) // 64)]
         held = parts[1] if len(judged) else parts[0]
@@ -204,7 +205,7 @@ class PLRNN(AbstractRegression):
         bar = tqdm(range(self.updates), desc="PLRNN", disable=not progress)
         for update in bar:
             chosen = torch.randint(len(starts), (self.batch_size,), generator=rng, device=starts.device)
-            x, u, target = (_windows(part, starts[chosen], window) for part in parts[0])
+            x, u, target = (windows(part, starts[chosen], window) for part in parts[0])
             if self.input_noise:
                 x = x + self.input_noise * torch.randn(x.shape, generator=rng, device=x.device)
             alpha = adaptive.update(self, x, u) if adaptive else 1.0 if self.forcing == "sparse" else self.alpha
@@ -215,7 +216,7 @@ class PLRNN(AbstractRegression):
             optimizer.step()
             schedule.step()
             if (update + 1) % max(1, self.updates // 20) == 0 or update + 1 == self.updates:
-                x, u, target = (_windows(part, watched, window) for part in held)
+                x, u, target = (windows(part, watched, window) for part in held)
                 with torch.no_grad():
                     score = float(self._loss(x, u, target, 0.0))
                 history.append({"epoch": float(update + 1), "loss": loss.item(), "free_run": score, "alpha": alpha})
@@ -260,16 +261,6 @@ class PLRNN(AbstractRegression):
     action_std: Tensor
     reward_mean: Tensor
     reward_std: Tensor
-
-
-def _window_starts(data: Transitions, window: int) -> Int[Tensor, " w"]:
-    """Return the rows from which ``window`` steps stay within one episode."""
-    row = torch.arange(len(data) - window + 1, device=data.device) if len(data) >= window else torch.empty(0).long()
-    return row[data.episode[row] == data.episode[row + window - 1]]
-
-
-def _windows(part: Float[Tensor, "n c"], starts: Int[Tensor, " w"], window: int) -> Float[Tensor, "w t c"]:
-    return part[starts[:, None] + torch.arange(window, device=starts.device)]
 
 
 def _uniform(parameter: Tensor, bound: float, rng: torch.Generator) -> None:

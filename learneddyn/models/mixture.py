@@ -1,0 +1,365 @@
+"""MixER: a mixture of expert reconstructors for families of environments.
+
+Source: Nzoyem, Stevens, Sahota, Barton, Deakin, "Towards Foundational Models for Dynamical System Reconstruction:
+Hierarchical Meta-Learning via Mixture of Experts" (2025).
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from learneddyn.core import DataError, Transitions
+from learneddyn.models.regression import AbstractRegression, Answer
+from learneddyn.spaces import Spaces
+
+_KMEANS = 20
+"""Iterations of the clustering, at most."""
+_TOLERANCE = 1e-4
+"""Movement of a centre, in units of the context, below which the clustering has converged."""
+_JITTER = 1e-4
+"""Noise on the contexts that the gate is fitted to, so that equal ones do not make it singular."""
+
+
+class MixER(AbstractRegression):
+    """One network per family of systems; every environment has a context vector, and a gate sends it to one network.
+
+    The members of the model are the environments it was fitted on: `predict` answers for each, and a World with the
+    sampler ``tsinf`` plays every lane in an environment of its own. Experts see observation, action and context, and
+    begin equal; contexts begin at zero. Contexts and experts learn by gradient, each environment through its expert
+    only. The gate does not: every ``gate_every`` updates the contexts are clustered (k-means, L1 distance, centres
+    kept from the last time), every cluster gets the expert that fits it best (one to one, median loss), and the
+    gate ``softmax(W [context, 1])`` is a least-squares fit to that. A clustering that has an empty cluster or has not
+    converged changes nothing.
+
+    Rows belong to environments by episode: environment i holds the next ``environments[i]`` episodes of the data, in
+    their order; an integer deals the episodes evenly. The source reports that with much data of closely related
+    systems a single network with contexts is better; `experts=1` is that network.
+
+    Deviations: contexts and experts learn together, where the source alternates between them with proximal terms; the
+    loss is of one step, where the source integrates an ODE; the assignment is optimal, where its code is greedy.
+
+    Args:
+        environments: number of environments, or of each one's episodes.
+        experts: networks.
+        context: numbers of a context.
+        hidden: widths of an expert's hidden layers.
+        updates: of training.
+        batch_size: rows of every environment per update.
+        learning_rate: of Adam; falls to zero by a cosine.
+        gate_every: updates between two fits of the gate.
+        learn_reward: add a reward output.
+        holdout_ratio: share of the rows that measure the noise, drawn at random.
+
+    Raises:
+        ValueError: an argument outside its range (names it, the value, what is allowed).
+    """
+
+    def __init__(
+        self,
+        environments: int | Sequence[int] = 4,
+        experts: int = 3,
+        context: int = 4,
+        hidden: Sequence[int] = (48, 48),
+        updates: int = 2500,
+        batch_size: int = 64,
+        learning_rate: float = 3e-3,
+        gate_every: int = 5,
+        learn_reward: bool = False,
+        holdout_ratio: float = 0.1,
+    ) -> None:
+        super().__init__()
+        counts = [environments] if isinstance(environments, int) else list(environments)
+        for name, ok, value, allowed in (
+            ("environments", len(counts) > 0 and min(counts) >= 1, environments, "at least 1, or positive counts"),
+            ("experts", experts >= 1, experts, "at least 1"),
+            ("context", context >= 1, context, "at least 1"),
+            ("hidden", len(hidden) > 0 and all(width >= 1 for width in hidden), hidden, "one or more positive widths"),
+            ("updates", updates >= 1, updates, "at least 1"),
+            ("batch_size", batch_size >= 1, batch_size, "at least 1"),
+            ("gate_every", gate_every >= 1, gate_every, "at least 1"),
+            ("holdout_ratio", 0 < holdout_ratio < 1, holdout_ratio, "between 0 and 1"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        self.environments = environments if isinstance(environments, int) else counts
+        self.experts, self.context, self.hidden, self.updates = experts, context, list(hidden), updates
+        self.batch_size, self.learning_rate, self.gate_every = batch_size, learning_rate, gate_every
+        self.learn_reward, self.holdout_ratio = learn_reward, holdout_ratio
+        self.num_members = environments if isinstance(environments, int) else len(counts)
+
+    def _build_members(self, spaces: Spaces) -> None:
+        o, a, m = spaces.obs_dim, spaces.action_dim, self.experts
+        widths = [o + a + self.context, *self.hidden, o + self.learn_reward]
+        self.weights = nn.ParameterList(torch.zeros(m, i, j) for i, j in pairwise(widths))
+        self.biases = nn.ParameterList(torch.zeros(m, 1, j) for j in widths[1:])
+        self.contexts = nn.Parameter(torch.zeros(self.num_members, self.context))
+        self.register_buffer("gate", torch.zeros(self.context + 1, m))
+        self.register_buffer("centres", torch.zeros(m, self.context))
+        for name, width in (("input", o + a), ("output", widths[-1])):
+            self.register_buffer(f"{name}_shift", torch.zeros(width))
+            self.register_buffer(f"{name}_scale", torch.ones(width))
+
+    @property
+    def routes(self) -> Int[Tensor, " e"]:
+        """The expert of every environment."""
+        return self.route(self.contexts)
+
+    def route(self, contexts: Float[Tensor, "e c"]) -> Int[Tensor, " e"]:
+        """Return the expert that the gate sends each context to."""
+        return (contexts @ self.gate[:-1] + self.gate[-1]).argmax(dim=1)
+
+    def environment_of(self, data: Transitions) -> Int[Tensor, " n"]:
+        """Return the environment that each row belongs to.
+
+        Raises:
+            DataError: the number of episodes does not fit ``environments``.
+        """
+        changes = data.episode[1:] != data.episode[:-1]
+        number = torch.cat([changes.new_zeros(1), changes]).cumsum(dim=0)
+        episodes = int(number[-1]) + 1
+        if isinstance(self.environments, int):
+            if episodes < self.environments:
+                raise DataError(f"{self.environments} environments need as many episodes, got {episodes}")
+            return number * self.environments // episodes
+        ends = torch.tensor(self.environments, device=data.device).cumsum(dim=0)
+        if episodes != int(ends[-1]):
+            raise DataError(f"environments names {int(ends[-1])} episodes, the data has {episodes}")
+        return torch.bucketize(number, ends, right=True)
+
+    def _forward(
+        self, experts: slice | Int[Tensor, " g"], obs: Tensor, action: Tensor, contexts: Tensor
+    ) -> Float[Tensor, "g b q"]:
+        """Return the standardised change (and reward) that group g's expert says of its rows ``[g b ...]``."""
+        inputs = (torch.cat([obs, action], dim=-1) - self.input_shift) / self.input_scale
+        x = torch.cat([inputs, contexts], dim=-1)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            x = nn.functional.silu(torch.baddbmm(bias[experts], x, weight[experts]))
+        return torch.baddbmm(self.biases[-1][experts], x, self.weights[-1][experts])
+
+    def _said(self, obs: Tensor, output: Tensor) -> Tensor:
+        """Return next observations and rewards from standardised changes."""
+        said, o = output * self.output_scale + self.output_shift, obs.shape[-1]
+        return torch.cat([obs + said[..., :o], said[..., o:]], dim=-1)
+
+    def _every(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Tensor | None) -> Answer:
+        e, b = self.num_members, len(obs)
+        contexts = self.contexts[:, None].expand(e, b, -1)
+        output = self._forward(self.routes, obs.expand(e, b, -1), action.expand(e, b, -1), contexts)
+        return Answer(self._said(obs, output))
+
+    def _own(
+        self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], member: Int[Tensor, " b"], memory: Tensor | None
+    ) -> Answer:
+        """Ask every expert about every row and keep its own: experts are fewer than environments."""
+        m, b = self.experts, len(obs)
+        contexts = self.contexts[member].expand(m, b, -1)
+        output = self._forward(slice(None), obs.expand(m, b, -1), action.expand(m, b, -1), contexts)
+        return Answer(self._said(obs, output[self.routes[member], torch.arange(b, device=obs.device)]))
+
+    def _learn(
+        self, data: Transitions, rows: Bool[Tensor, " n"], rng: torch.Generator, progress: bool
+    ) -> list[dict[str, float]]:
+        train, environment = data[rows], self.environment_of(data)[rows]
+        count = torch.bincount(environment, minlength=self.num_members)
+        if bool((count == 0).any()):
+            raise DataError(f"environment {int(count.argmin())} has no rows to learn from")
+        target = self._standardise(train)
+        self._initialise(rng)
+        table = _Table(train, target, environment, count)
+        optimizer = torch.optim.Adam(self.parameters(), self.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.updates)
+        routes, history = self.routes, []
+        bar = tqdm(range(self.updates), desc="MixER", disable=not progress)
+        for update in bar:
+            obs, action, wanted = table.draw(self.batch_size, rng)
+            contexts = self.contexts[:, None].expand(-1, self.batch_size, -1)
+            loss = (self._forward(routes, obs, action, contexts) - wanted).square().mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if self.experts > 1 and (update + 1) % self.gate_every == 0:
+                self._update_gate(obs, action, wanted, rng)
+                routes = self.routes
+            if (update + 1) % max(1, self.updates // 20) == 0:
+                used = float(len(routes.unique()))
+                history.append({"epoch": update + 1.0, "loss": loss.item(), "experts": used})
+                bar.set_postfix(loss=loss.item(), experts=used)
+        return history
+
+    def _standardise(self, train: Transitions) -> Float[Tensor, "n q"]:
+        """Fit the scales and return the standardised targets."""
+        inputs, outputs = torch.cat([train.obs, train.action], dim=1), train.next_obs - train.obs
+        if self.learn_reward:
+            outputs = torch.cat([outputs, train.reward[:, None]], dim=1)
+        for name, column in (("input", inputs), ("output", outputs)):
+            std = column.std(dim=0, correction=0)
+            getattr(self, f"{name}_shift").copy_(column.mean(dim=0))
+            getattr(self, f"{name}_scale").copy_(torch.where(std < 1e-9, torch.ones_like(std), std))
+        return (outputs - self.output_shift) / self.output_scale
+
+    @torch.no_grad()
+    def _initialise(self, rng: torch.Generator) -> None:
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            bound = weight.shape[1] ** -0.5
+            nn.init.uniform_(weight[:1], -bound, bound, generator=rng)
+            weight.copy_(weight[:1].expand_as(weight))
+            bias.zero_()
+        self.contexts.zero_()
+        self.gate.zero_()
+        self.centres.copy_(1e-3 * (2 * torch.rand(self.centres.shape, generator=rng, device=rng.device) - 1))
+
+    @torch.no_grad()
+    def _update_gate(
+        self, obs: Float[Tensor, "e b o"], action: Float[Tensor, "e b a"], wanted: Tensor, rng: torch.Generator
+    ) -> None:
+        clusters = self._clusters()
+        if clusters is None:
+            return
+        m, (e, b) = self.experts, obs.shape[:2]
+        contexts = self.contexts[:, None].expand(e, b, -1)
+        rows = (part.flatten(0, 1).expand(m, e * b, -1) for part in (obs, action, contexts))
+        error = (self._forward(slice(None), *rows).view(m, e, b, -1) - wanted).square().mean(dim=(2, 3))
+        losses = torch.stack([error[:, clusters == k].median(dim=1).values for k in range(m)])
+        expert = _assigned(losses)[clusters]
+        noise = torch.randn(self.contexts.shape, generator=rng, device=obs.device)
+        inputs = torch.cat([self.contexts + _JITTER * noise, torch.ones_like(noise[:, :1])], dim=1)
+        wished = nn.functional.one_hot(expert, m).to(inputs)
+        self.gate.copy_(torch.linalg.pinv(inputs) @ wished)
+
+    def _clusters(self) -> Int[Tensor, " e"] | None:
+        """Return the cluster of every context; None where one is empty or the centres still move."""
+        centres = self.centres
+        for _ in range(_KMEANS):
+            cluster = torch.cdist(self.contexts, centres, p=1).argmin(dim=1)
+            share = nn.functional.one_hot(cluster, self.experts).to(centres)
+            size = share.sum(dim=0)
+            moved = torch.where(size[:, None] > 0, share.T @ self.contexts / size.clamp_min(1)[:, None], centres)
+            still = bool((moved - centres).abs().amax() < _TOLERANCE)
+            centres = moved
+            if still:
+                break
+        self.centres.copy_(centres)
+        return cluster if still and bool((size > 0).all()) else None
+
+    @torch.no_grad()
+    def _measure(self, data: Transitions, rows: Bool[Tensor, " n"]) -> dict[str, float]:
+        """Measure every environment's noise on its own rows; one without held-out rows takes the mean of all."""
+        environment = self.environment_of(data)[rows]
+        answer = self._own(data.obs[rows], data.action[rows], environment, None).mean
+        truth = data.next_obs[rows]
+        if self.learn_reward:
+            truth = torch.cat([truth, data.reward[rows, None]], dim=1)
+        error = answer - truth
+        if not bool(error.isfinite().all()):
+            raise FloatingPointError("MixER learned something that is not finite: scale the data")
+        member = nn.functional.one_hot(environment, self.num_members).to(error)
+        count = member.sum(dim=0)[:, None]
+        own = member.T @ error.square() / count.clamp_min(1)
+        self.noise.copy_(torch.where(count > 0, own, error.square().mean(dim=0)).sqrt())
+        floor = self.noise.clamp_min(1e-6)[environment]
+        nll = (0.5 * (error / floor).square() + floor.log()).mean() + 0.5 * torch.tensor(torch.pi * 2).log()
+        return {"holdout_mse": float(error.square().mean()), "holdout_nll": float(nll)}
+
+    def adapted(self, data: Transitions, *, rng: torch.Generator, updates: int = 300) -> "MixER":
+        """Return a model of one new environment: the experts stay as they are, only a context is learned.
+
+        Every expert gets a context, from the middle of those it serves; the one that fits best is kept, and the new
+        model's gate names its expert.
+
+        Args:
+            data: of the new environment, any number of episodes.
+            rng: draws the rows that measure the noise.
+            updates: of Adam on the contexts, each on all rows but those.
+
+        Raises:
+            ValueError: the model has not been fitted, or the data has other spaces.
+            DataError: fewer than two rows, or NaN or infinite rows.
+        """
+        self._require_fitted()
+        data = data.check().to(self._elites.device)
+        if len(data) < 2:
+            raise DataError(f"adapted needs at least 2 transitions, got {len(data)}")
+        if self.spaces is None or data.spaces != self.spaces:
+            raise ValueError(f"this model was fitted on {self.spaces}, the data has {data.spaces}")
+        model = MixER(**(self.config() | {"environments": 1}))
+        model._build(self.spaces)
+        model.spaces, model.source = self.spaces, data.source
+        own = ("contexts", "noise", "_elites")
+        kept = {name: tensor.clone() for name, tensor in self.state_dict().items() if name not in own}
+        model.load_state_dict(kept, strict=False)
+        model.to(self._elites.device)
+        held = torch.zeros(len(data), dtype=torch.bool, device=data.device)
+        held[torch.randperm(len(data), generator=rng, device=rng.device)[: max(1, len(data) // 10)]] = True
+        contexts = self._fitted_contexts(data[~held], updates)
+        with torch.no_grad():
+            losses = self._context_losses(contexts, data[~held])
+            best = int(losses.argmin())
+            model.contexts.copy_(contexts[best : best + 1])
+            model.gate.zero_()
+            model.gate[-1, best] = 1.0
+        model._measure(data, held)
+        return model
+
+    def _fitted_contexts(self, data: Transitions, updates: int) -> Float[Tensor, "m c"]:
+        """Return a context per expert that fits the data."""
+        routes = self.routes
+        served = [self.contexts[routes == k] for k in range(self.experts)]
+        middle = torch.stack([(part if len(part) else self.contexts).mean(dim=0) for part in served])
+        contexts = middle.detach().requires_grad_()
+        optimizer = torch.optim.Adam([contexts], 0.05)
+        for _ in range(updates):
+            (contexts.grad,) = torch.autograd.grad(self._context_losses(contexts, data).sum(), contexts)
+            optimizer.step()
+        return contexts.detach()
+
+    def _context_losses(self, contexts: Float[Tensor, "m c"], data: Transitions) -> Float[Tensor, " m"]:
+        """Return the loss of every expert with its context."""
+        m, n = self.experts, len(data)
+        wanted = data.next_obs - data.obs
+        if self.learn_reward:
+            wanted = torch.cat([wanted, data.reward[:, None]], dim=1)
+        wanted = (wanted - self.output_shift) / self.output_scale
+        rows = (part.expand(m, n, -1) for part in (data.obs, data.action))
+        output = self._forward(slice(None), *rows, contexts[:, None].expand(m, n, -1))
+        return (output - wanted).square().mean(dim=(1, 2))
+
+    # Declared for type checkers; `_build_members` registers them.
+    gate: Tensor
+    centres: Tensor
+    input_shift: Tensor
+    input_scale: Tensor
+    output_shift: Tensor
+    output_scale: Tensor
+
+
+class _Table:
+    """The rows of every environment, drawn evenly."""
+
+    def __init__(self, data: Transitions, target: Tensor, environment: Int[Tensor, " n"], count: Tensor) -> None:
+        order = environment.argsort(stable=True)
+        self._columns = [column[order] for column in (data.obs, data.action, target)]
+        self._first, self._count = count.cumsum(dim=0) - count, count
+
+    def draw(self, rows: int, rng: torch.Generator) -> list[Float[Tensor, "e b _"]]:
+        """Return observations, actions and targets of ``rows`` random rows of every environment."""
+        share = torch.rand(len(self._count), rows, generator=rng, device=rng.device)
+        index = self._first[:, None] + (share * self._count[:, None]).long().clamp_max(self._count[:, None] - 1)
+        return [column[index] for column in self._columns]
+
+
+def _assigned(losses: Float[Tensor, "k m"]) -> Int[Tensor, " k"]:
+    """Return an expert for every cluster, one to one, of least total loss.
+
+    Raises:
+        ImportError: SciPy is not installed (names the extra).
+    """
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ImportError("MixER needs SciPy: pip install 'learneddyn[models]'") from error
+    return torch.as_tensor(linear_sum_assignment(losses.cpu().numpy())[1], device=losses.device)
