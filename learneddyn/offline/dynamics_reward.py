@@ -197,8 +197,9 @@ class DynamicsReward(AbstractModel):
         fewer = DynamicsReward(**(self.config() | {"snapshots": len(kept)}))
         fewer._build(self.spaces)
         fewer.spaces, fewer.source = self.spaces, self.source
-        scales = {"shift": self.shift, "factor": self.factor}
-        fewer.load_state_dict({name: part[kept] for name, part in self.state_dict().items()} | scales)
+        whole = ("shift", "factor")
+        state = self.state_dict().items()
+        fewer.load_state_dict({name: part if name in whole else part[kept] for name, part in state})
         return fewer.to(self.shift.device)
 
     def _fit_scales(self, data: Transitions) -> None:
