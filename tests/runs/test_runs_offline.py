@@ -3,7 +3,9 @@
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -84,11 +86,9 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(make, log, tmp_path, monke
 
 def test_the_protocol_decides_which_policy_is_reported(log, tmp_path, monkeypatch):
     def judged(policy, real_id, *, episodes, seed, **_):
-        """Every policy is worth how far it is from 20 updates, on the way; the fresh episodes see the difference."""
-        updates = policy.num_timesteps
-        return type(
-            "R", (), {"returns": torch.full((episodes,), -abs(updates - 20.0)).numpy(), "mean": -abs(updates - 20.0)}
-        )()
+        """A policy is worth how near it is to 20 updates."""
+        worth = -abs(policy.num_timesteps - 20.0)
+        return SimpleNamespace(returns=np.full(episodes, worth), mean=worth)
 
     monkeypatch.setattr(offline, "evaluate", judged)
     load = partial(IQL.load, data=log, task=SMALL["task"])
@@ -100,7 +100,7 @@ def test_the_protocol_decides_which_policy_is_reported(log, tmp_path, monkeypatc
     assert (ends["best"].updates, ends["best"].mean) == (20, 0.0)
     assert ends["last"].last_marks == ends["best"].last_marks == pytest.approx(-(0 + 20 + 30) / 3)
     assert IQL.load(tmp_path / "best" / "agent.zip", data=log).num_timesteps == 20
-    assert summary(ends and {0: ends["last"], 1: ends["best"]}).value == -15.0
+    assert summary({0: ends["last"], 1: ends["best"]}).value == -15.0
     with pytest.raises(ValueError, match="protocol must be one of last, best, got 'mean'"):
         learn_offline(partial(iql, log), load, "Pendulum-v1", tmp_path / "no", **RUN | {"protocol": "mean"})
     with pytest.raises(ValueError, match="judge_every must be at least 1, got 0"):

@@ -1,0 +1,363 @@
+"""Offline methods side by side on data sets that are built here: a light task in four grades, and Hopper in two.
+
+    per seed and task    train one agent to medium (its record is the replay grade), one to expert; collect the rest
+    per grade            fit one model, which all model-based methods share
+    per method           a number of updates that is fixed beforehand; the last policy plays real episodes
+
+Every data set, model and score is a cell of its own (`learneddyn.runs.cells`): a killed run goes on where it stopped,
+and a method that is added later, or was given other settings, leaves the other cells as they are.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import minari
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from learneddyn import offline, tasks
+from learneddyn.core import Json, Task, Transitions, generator
+from learneddyn.data import collect, load, save
+from learneddyn.data.grades import train
+from learneddyn.data.scores import normalized_score
+from learneddyn.evaluation.returns import evaluate
+from learneddyn.evaluation.stats import Estimate, bootstrap_interval
+from learneddyn.files import surviving_folder
+from learneddyn.models import AbstractDynamics, ProbabilisticEnsemble
+from learneddyn.runs.cells import FAILED, Cells
+from learneddyn.runs.claims import Claim, Finding, panels
+from learneddyn.runs.seeds import Notify
+
+METHODS = ("BC", "TD3+BC", "IQL", "EDAC", "MOPO", "MOBILE", "RAVL", "MOREC")
+"""In the order of the table; the class of a method is what `learneddyn.offline` exports by that name, without signs."""
+MODEL_BASED = ("MOPO", "MOBILE", "RAVL", "MOREC")
+GRADES = ("random", "medium", "replay", "expert")
+JUDGE_SEED = 10_000
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task of the table.
+
+    Args:
+        task: what is asked, with what its observation determines.
+        grades: data sets, names of `GRADES`.
+        rows: transitions of each (replay: at most; it is the record of training the medium agent).
+        medium: mean return at which the behaviour agent of medium and replay is stopped.
+        training: real steps that behaviour agents may take; the expert takes all.
+        behaviour: algorithm of the behaviour agents and its arguments.
+        model: arguments of the ensemble that all model-based methods share.
+        updates: gradient updates by method.
+        shared: arguments of all methods.
+        imagined: arguments of the model-based methods.
+        own: further arguments by method.
+        episodes: real episodes that judge a policy.
+    """
+
+    task: Task
+    grades: tuple[str, ...]
+    rows: int
+    medium: float
+    training: int
+    behaviour: Json
+    model: Json
+    updates: dict[str, int]
+    shared: Json
+    imagined: Json
+    own: dict[str, Json] = field(default_factory=dict)
+    episodes: int = 20
+
+    def arguments(self, method: str) -> Json:
+        """Return the constructor arguments of a method."""
+        return self.shared | (self.imagined if method in MODEL_BASED else {}) | self.own.get(method, {})
+
+
+LIGHT, WALKER = "Reacher", "Hopper"
+PARTS = {
+    LIGHT: Part(
+        task=tasks.get("Reacher-v5"),
+        grades=GRADES,
+        rows=5000,
+        medium=-25.0,
+        training=10_000,
+        behaviour={"algorithm": "SAC", "kwargs": {"policy_kwargs": {"net_arch": [64, 64]}, "learning_starts": 500}},
+        model={"num_members": 5, "num_elites": 5, "hidden": [64, 64], "scale_targets": True, "weight_decay": 1e-5}
+        | {"batch_size": 64, "max_epochs": 100},
+        updates={"BC": 5000, "TD3+BC": 10_000, "IQL": 10_000, "EDAC": 10_000}
+        | {"MOPO": 15_000, "MOBILE": 10_000, "RAVL": 15_000, "MOREC": 10_000},
+        shared={"learning_rate": 1e-3, "policy_kwargs": {"net_arch": [64, 64]}, "batch_size": 128},
+        imagined={"actor_learning_rate": 1e-3, "ent_coef_learning_rate": 1e-3}
+        | {"rollout_every": 250, "rollout_batch": 1000, "retain": 10},
+        own={
+            "EDAC": {"n_critics": 5},
+            "MOPO": {"penalty": "ensemble_std", "penalty_weight": 0.1},
+            "MOBILE": {"inconsistency": 0.5, "inconsistency_draws": 2},
+            "RAVL": {"n_critics": 5},
+            "MOREC": {"penalty": "ensemble_std", "penalty_weight": 0.1, "horizon": 25, "rollout_batch": 100}
+            | {"dynamics_reward": {"snapshots": 10, "updates": 3000, "hidden": [64, 64], "generator_hidden": [64, 64]}},
+        },
+    ),
+    WALKER: Part(
+        task=tasks.get("Hopper-v5"),
+        grades=("medium", "replay"),
+        rows=50_000,
+        medium=1000.0,
+        training=500_000,
+        behaviour={
+            "algorithm": "PPO",
+            "kwargs": {
+                "n_steps": 2048,
+                "batch_size": 256,
+                "learning_rate": 1e-3,
+                "policy_kwargs": {"log_std_init": -0.5},
+            },
+        },
+        model={"num_members": 5, "num_elites": 5, "hidden": [128, 128], "scale_targets": True, "weight_decay": 1e-5}
+        | {"learn_reward": True, "max_epochs": 30},
+        updates={"BC": 20_000, "IQL": 30_000, "MOPO": 40_000, "RAVL": 30_000, "MOREC": 30_000},
+        shared={"policy_kwargs": {"net_arch": [128, 128]}},
+        imagined={"actor_learning_rate": 3e-4, "ent_coef_learning_rate": 3e-4}
+        | {"rollout_every": 500, "rollout_batch": 2000, "retain": 20},
+        own={
+            "MOPO": {"penalty": "ensemble_std", "penalty_weight": 1.0},
+            "MOREC": {"penalty": "ensemble_std", "penalty_weight": 1.0, "horizon": 25, "rollout_batch": 400}
+            | {"dynamics_reward": {"snapshots": 10, "updates": 5000, "hidden": [128, 128]}},
+        },
+    ),
+}
+
+
+def kind_of(method: str) -> type[offline.OfflineAlgorithm] | None:
+    """Return the class of a method, None as long as the package exports none."""
+    return getattr(offline, method.replace("+", ""), None)
+
+
+def measure(seed: int, home: Path, notify: Notify) -> Json:
+    """Play all cells of one seed; return the returns of behaviours and methods, by task and grade."""
+    total = sum(len(part.grades) * (2 + len(part.updates)) for part in PARTS.values())
+    cells, figures = Cells(home, notify, total), {}
+    for name, part in PARTS.items():
+        figures[name] = {}
+        for grade, behaviour in logs(part, name, seed, cells).items():
+            rows: Json = {"behaviour": behaviour["return"], "rows": behaviour["rows"]}
+            figures[name][grade] = rows | methods(part, name, grade, behaviour["id"], seed, home, cells)
+    return figures
+
+
+def logs(part: Part, name: str, seed: int, cells: Cells) -> dict[str, Json]:
+    """Return, for every grade of a task, the id of its Minari data set, its rows and its behaviour's mean return.
+
+    Medium, expert and random: real episodes of the behaviour, actions sampled. Replay: the episodes in the data.
+    """
+    common = {"task": part.task.real_id, "rows": part.rows, "training": part.training, "behaviour": part.behaviour}
+    makers = {
+        "random": (("random",), common | {"grade": "random"}, partial(_random, part)),
+        "medium": (("medium", "replay"), common | {"goal": part.medium}, partial(_trained, part, part.medium)),
+        "expert": (("expert",), common | {"grade": "expert"}, partial(_trained, part, None)),
+    }
+    found: dict[str, Json] = {}
+    for maker, (grades, settings, work) in makers.items():
+        if not set(grades) & set(part.grades):
+            continue
+        ids = {grade: f"learneddyn-table/{name.lower()}-{grade}-{seed}-v0" for grade in grades}
+        there = set(ids.values()) <= set(minari.list_local_datasets())
+        found |= cells.play(
+            f"{name}, {maker} data", settings | {"seed": seed}, partial(work, ids, seed), anew=not there
+        )
+    return {grade: found[grade] for grade in part.grades}
+
+
+def _random(part: Part, ids: dict[str, str], seed: int) -> Json:
+    made = collect(part.task.real_id, ids["random"], steps=part.rows, seed=seed, progress=False, overwrite=True)
+    return {"random": {"id": ids["random"], "rows": part.rows, "return": mean_return(made, part.task)}}
+
+
+def _trained(part: Part, goal: float | None, ids: dict[str, str], seed: int) -> Json:
+    real_id, name, kwargs = part.task.real_id, part.behaviour["algorithm"], part.behaviour["kwargs"]
+    budget: Json = {"train_steps": part.training, "goal": goal, "algorithm_kwargs": kwargs}
+    agent = train(real_id, name, seed=seed, progress=False, **budget)
+    found = {}
+    for grade, dataset_id in ids.items():
+        if grade == "replay":
+            data = agent.record[-part.rows :]
+            save(data, dataset_id, env_id=real_id, algorithm=name, overwrite=True)
+            earned = mean_return(data, part.task)
+        else:
+            acting: Any = {"behaviour": agent.policy, "algorithm": name, "overwrite": True}
+            data = collect(real_id, dataset_id, steps=part.rows, seed=seed, progress=False, **acting)
+            played = evaluate(
+                agent.policy, real_id, episodes=part.episodes, seed=JUDGE_SEED + seed, deterministic=False
+            )
+            earned = played.mean
+        found[grade] = {"id": dataset_id, "rows": len(data), "return": earned}
+    return found
+
+
+def mean_return(data: Transitions, task: Task) -> float:
+    """Return the mean return of the episodes that the data hold to their end."""
+    _, number, length = torch.unique_consecutive(data.episode, return_inverse=True, return_counts=True)
+    returns = torch.zeros(len(length), dtype=torch.float64).index_add_(0, number, data.reward.double())
+    whole = (length == task.max_episode_steps) | data.terminated[length.cumsum(0) - 1]
+    return float(returns[whole].mean())
+
+
+def methods(part: Part, name: str, grade: str, dataset_id: str, seed: int, home: Path, cells: Cells) -> Json:
+    """Return the mean real return of every method on one data set, or why there is none."""
+    where = f"{name} {grade}"
+    data, folder = load(dataset_id), home / "models" / where.replace(" ", "-")
+    basis = {"data": dataset_id, "rows": len(data), "earned": float(data.reward.sum())}
+    fitting = basis | {"model": part.model}
+
+    def fit() -> Json:
+        model = ProbabilisticEnsemble(**part.model)
+        report = model.fit(data, rng=generator(seed))
+        model.save(folder)
+        return dict(report.metrics)
+
+    def judge(method: str, kind: type[offline.OfflineAlgorithm]) -> Json:
+        own = part.arguments(method) | {"task": part.task, "seed": seed, "device": "cpu"}
+        if method in MODEL_BASED:
+            own["model"] = AbstractDynamics.load(folder)
+        if "dynamics_reward" in own:
+            own["dynamics_reward"] = offline.DynamicsReward(**own["dynamics_reward"])
+        agent = kind("MlpPolicy", data, **own).learn(part.updates[method])
+        played = evaluate(agent, part.task.real_id, episodes=part.episodes, seed=JUDGE_SEED + seed)
+        return {"return": played.mean, "returns": played.returns.tolist()}
+
+    if set(part.updates) & set(MODEL_BASED):
+        cells.play(f"{where}, model", fitting, fit, anew=not surviving_folder(folder).exists())
+    found: Json = {}
+    for method, updates in part.updates.items():
+        kind = kind_of(method)
+        if kind is None:
+            found[method] = {FAILED: "not part of the package yet"}
+            continue
+        settings = (fitting if method in MODEL_BASED else basis) | {"updates": updates, "own": part.arguments(method)}
+        found[method] = cells.play(f"{where}, {method}", settings, partial(judge, method, kind))
+    return found
+
+
+def score_of(figures: dict[int, Json], name: str, grade: str, method: str) -> Estimate | None:
+    """Return a method's normalised score over the seeds that it could play, None where there are none."""
+    cells = [seed[name][grade][method] for seed in figures.values()]
+    returns = [cell["return"] for cell in cells if FAILED not in cell]
+    return bootstrap_interval(normalized_score(PARTS[name].task.real_id, returns)) if returns else None
+
+
+def behaviour_of(figures: dict[int, Json], name: str, grade: str) -> Estimate:
+    """Return the behaviour's normalised score over seeds."""
+    earned = [seed[name][grade]["behaviour"] for seed in figures.values()]
+    return bootstrap_interval(normalized_score(PARTS[name].task.real_id, earned))
+
+
+def findings(figures: dict[int, Json]) -> list[Finding]:
+    """Judge the best model-based method against BC and behaviour on the first task; report every set's figures."""
+    rows = []
+    for name, part in PARTS.items():
+        for grade in part.grades:
+            scores = {method: score_of(figures, name, grade, method) for method in part.updates}
+            based = {method: score for method, score in scores.items() if score and method in MODEL_BASED}
+            cloned, behaviour = scores["BC"], behaviour_of(figures, name, grade)
+            where = f"{name} {grade}"
+            if based:
+                method = max(based, key=lambda method: based[method].value)
+                best = based[method]
+                bar = max(behaviour.high, cloned.high if cloned else -np.inf)
+                judged = name == LIGHT and grade in ("medium", "replay")
+                wanted = f"above BC and behaviour, {bar:.4g}" if judged else f"reported (BC, behaviour: {bar:.4g})"
+                what = f"{where}: score of the best model-based method, {method}"
+                rows.append(Finding(what, best, wanted, bool(best.low > bar) if judged else None))
+            rows.append(Finding(f"{where}: score of the behaviour", behaviour, "reported", None))
+            if cloned:
+                rows.append(Finding(f"{where}: score of BC", cloned, "reported", None))
+    return rows
+
+
+def table(figures: dict[int, Json]) -> str:
+    """Return all scores as a Markdown table: a row per data set, a column per method."""
+    lines = ["| data set | rows | behaviour | " + " | ".join(METHODS) + " |", "|---" * (3 + len(METHODS)) + "|"]
+    for name, part in PARTS.items():
+        for grade in part.grades:
+            counts = sorted({seed[name][grade]["rows"] for seed in figures.values()})
+            cells = [f"{name} {grade}", "-".join(map(str, counts[:: max(1, len(counts) - 1)]))]
+            cells.append(_short(behaviour_of(figures, name, grade)))
+            for method in METHODS:
+                if method not in part.updates:
+                    cells.append("")
+                    continue
+                score, failed = score_of(figures, name, grade, method), _failures(figures, name, grade, method)
+                cells.append(
+                    " ".join(([_short(score)] if score else []) + ([f"**failed** {failed}x"] if failed else []))
+                )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _failures(figures: dict[int, Json], name: str, grade: str, method: str) -> int:
+    return sum(FAILED in seed[name][grade][method] for seed in figures.values())
+
+
+def _short(score: Estimate) -> str:
+    value, low, high = (f"{number:.1f}" for number in score)
+    return value if len({value, low, high}) == 1 or "inf" in high else f"{value} [{low}, {high}]"
+
+
+def draw(figures: dict[int, Json]) -> Figure:
+    """Show every method's score as a bar with its interval, the seeds as dots, the behaviour as a line."""
+    sets = [(name, grade) for name, part in PARTS.items() for grade in part.grades]
+    figure, axes = panels(len(sets), width=2.3, height=3.2)
+    for ax, (name, grade) in zip(axes, sets, strict=True):
+        part, methods = PARTS[name], [method for method in METHODS if method in PARTS[name].updates]
+        behaviour = behaviour_of(figures, name, grade)
+        ax.axhspan(max(behaviour.low, -10), min(behaviour.high, 130), color="grey", alpha=0.25, linewidth=0)
+        ax.axhline(behaviour.value, color="grey", linewidth=1)
+        for place, method in enumerate(methods):
+            colour = "tab:blue" if method in MODEL_BASED else "tab:grey"
+            if score := score_of(figures, name, grade, method):
+                ax.bar(place, score.value, color=colour, alpha=0.6)
+                ax.vlines(place, max(score.low, -10), min(score.high, 130), color="black", linewidth=1)
+                cells = [seed[name][grade][method] for seed in figures.values()]
+                returns = [cell["return"] for cell in cells if FAILED not in cell]
+                scores = normalized_score(part.task.real_id, returns)
+                ax.plot([place] * len(returns), scores, ".", color="black", markersize=3)
+            if _failures(figures, name, grade, method):
+                ax.text(place, 2, "failed", rotation=90, ha="center", va="bottom", fontsize=6, color="tab:red")
+        ax.set_xticks(range(len(methods)), methods, rotation=90, fontsize=7)
+        ax.set_ylim(-5, 112)
+        ax.set_title(f"{name}\n{grade}", fontsize=8)
+        ax.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("normalised score", fontsize=8)
+    return figure
+
+
+def _setting() -> str:
+    """Say what is run, from the settings themselves."""
+    told = []
+    for name, part in PARTS.items():
+        budgets = ", ".join(f"{method} {updates:,}" for method, updates in part.updates.items())
+        told.append(
+            f"{name}: {part.task.real_id}; grades {', '.join(part.grades)} of {part.rows:,} rows (replay: the record "
+            f"of training the medium agent, if shorter; {part.behaviour['algorithm']} until a mean return of "
+            f"{part.medium:g}); updates: {budgets}; {part.episodes} real episodes of the last policy."
+        )
+    return " ".join(told)
+
+
+CLAIM = Claim(
+    name="offline_table",
+    paper="Yu et al., MOPO, 2020; Sun et al., MOBILE, 2023; Sims et al., RAVL, 2024; Luo et al., MOREC, 2024; and the "
+    "model-free Fujimoto, Gu, TD3+BC, 2021; Kostrikov et al., IQL, 2021; An et al., EDAC, 2021",
+    claim="A policy optimised inside a model of the log surpasses the policy that wrote the log, and its clone.",
+    setting="Every seed trains its own behaviour agents, fits its own models and judges the last policy (no checkpoint "
+    "is chosen); all model-based methods of a seed share one model. Penalty weights are fixed by hand, one for all "
+    f"grades of a task. Scores: 0 random, 100 expert, see learneddyn.data.scores. {_setting()}",
+    measure=measure,
+    findings=findings,
+    draw=draw,
+    notes="The best of several methods is chosen by the figure that is shown, so its interval is a little too good.",
+    table=table,
+    cells=True,
+)

@@ -1,0 +1,120 @@
+"""The table of offline methods, in small: its cells are kept, failures are shown, the best is judged."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import minari
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from learneddyn.core import Json, Transitions
+from learneddyn.offline import MOPO
+from learneddyn.reproduce import offline_table
+from learneddyn.runs.cells import FAILED
+from learneddyn.runs.seeds import silent
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    part = offline_table.PARTS["Reacher"]
+    tiny: Json = {"shared": part.shared | {"policy_kwargs": {"net_arch": [8]}, "batch_size": 16}, "rows": 600}
+    tiny |= {"imagined": part.imagined | {"rollout_batch": 10, "rollout_every": 10}, "episodes": 2}
+    tiny |= {"model": part.model | {"max_epochs": 1, "hidden": [8]}, "training": 5000, "medium": -1000.0}
+    tiny |= {"behaviour": {"algorithm": "PPO", "kwargs": {"n_steps": 50, "batch_size": 50, "n_epochs": 1}}}
+    reward = part.own["MOREC"]["dynamics_reward"] | {"updates": 10, "hidden": [8]}
+    own = part.own | {"MOREC": part.own["MOREC"] | {"rollout_batch": 4, "horizon": 3, "dynamics_reward": reward}}
+    tiny |= {"own": own, "updates": dict.fromkeys(part.updates, 12)}
+    monkeypatch.setattr(offline_table, "PARTS", {"Reacher": replace(part, **tiny)})
+    yield tmp_path
+    torch.set_num_threads(before)
+
+
+def ages(home: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (home / "cells").glob("*.json")}
+
+
+def test_every_cell_is_played_kept_and_shown(small, monkeypatch):
+    figures = offline_table.measure(0, small, silent)
+    assert json.loads(json.dumps(figures)) == figures
+    assert list(figures["Reacher"]) == ["random", "medium", "replay", "expert"]
+    for grade in figures["Reacher"].values():
+        assert all(-120 < grade[method]["return"] < 0 for method in offline_table.METHODS)
+        assert -120 < grade["behaviour"] < 0
+    assert minari.load_dataset("learneddyn-table/reacher-expert-0-v0").total_steps == 600
+    before = ages(small)
+    assert len(before) == 3 + 4 * (1 + 8)
+    assert offline_table.measure(0, small, silent) == figures
+    assert ages(small) == before
+
+    part = offline_table.PARTS["Reacher"]
+    changed = replace(part, updates=part.updates | {"MOPO": 11})
+    monkeypatch.setattr(offline_table, "PARTS", {"Reacher": changed})
+    monkeypatch.setattr(offline_table.offline, "MOREC", None)
+    again = offline_table.measure(0, small, silent)
+    assert {name for name, age in ages(small).items() if age != before[name]} == {
+        f"reacher-{grade}-mopo.json" for grade in part.grades
+    }
+    assert again["Reacher"]["random"]["MOREC"] == {FAILED: "not part of the package yet"}
+
+    table = offline_table.table({0: figures, 1: again})
+    assert table.count("\n") == 5
+    assert "**failed** 1x" in table
+    assert isinstance(offline_table.draw({0: figures, 1: again}), Figure)
+    minari.delete_dataset("learneddyn-table/reacher-random-0-v0")
+    offline_table.measure(0, small, silent)
+    assert "learneddyn-table/reacher-random-0-v0" in minari.list_local_datasets()
+
+
+def test_what_a_method_refuses_is_shown_as_failed(small, monkeypatch):
+    def diverged(self: MOPO, *_: object, **__: object) -> None:
+        raise ArithmeticError("MOPO diverged")
+
+    monkeypatch.setattr(MOPO, "learn", diverged)
+    part = offline_table.PARTS["Reacher"]
+    monkeypatch.setattr(offline_table, "PARTS", {"Reacher": replace(part, grades=("random",), updates={"MOPO": 5})})
+    found = offline_table.measure(0, small, silent)["Reacher"]["random"]["MOPO"]
+    assert found == {FAILED: "ArithmeticError: MOPO diverged"}
+
+
+def entry(light: float, cloned: float, behaviour: float) -> Json:
+    """Figures of one seed: every model-based method earns ``light``."""
+
+    def cell(part: offline_table.Part) -> Json:
+        scores = {
+            method: {"return": light if method in offline_table.MODEL_BASED else cloned} for method in part.updates
+        }
+        return scores | {"behaviour": behaviour, "rows": 10}
+
+    return {name: {grade: cell(part) for grade in part.grades} for name, part in offline_table.PARTS.items()}
+
+
+def judged(figures: dict[int, Json]) -> list[bool]:
+    return [finding.holds for finding in offline_table.findings(figures) if finding.holds is not None]
+
+
+def test_the_best_method_must_clear_clone_and_behaviour_on_medium_and_replay():
+    good = {seed: entry(-5.0 - seed / 10, -9.0, -20.0) for seed in range(3)}
+    assert judged(good) == [True, True]
+    assert isinstance(offline_table.draw(good), Figure)
+    worse = copy.deepcopy(good)
+    worse[1]["Reacher"]["replay"]["BC"]["return"] = -4.0
+    assert judged(worse) == [True, False]
+    for method in offline_table.MODEL_BASED:
+        worse[2]["Reacher"]["medium"][method]["return"] = -9.5
+    assert judged(worse) == [False, False]
+
+
+def test_only_whole_episodes_count_for_the_behaviour():
+    episode = torch.tensor([0] * 50 + [1] * 50 + [2] * 20)
+    zeros = torch.zeros(120, 1)
+    data = Transitions(zeros, zeros, torch.arange(120.0), zeros, episode < 0, episode)
+    task = offline_table.PARTS["Reacher"].task
+    assert offline_table.mean_return(data, task) == pytest.approx(sum(range(100)) / 2)
+    ended = replace(data, terminated=torch.arange(120) == 119)
+    assert offline_table.mean_return(ended, task) == pytest.approx(sum(range(120)) / 3)
