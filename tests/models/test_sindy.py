@@ -1,5 +1,8 @@
 """SINDy: supports are recovered, the library counts as the paper's, equations print, rollouts agree with pysindy."""
 
+import copy
+import time
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -7,6 +10,8 @@ import torch
 
 from learneddyn.core import State, Transitions, generator
 from learneddyn.models import SINDy
+from learneddyn.models.library import Evaluator, PolynomialLibrary
+from learneddyn.models.stlsq import draw_bootstraps
 from learneddyn.spaces import Spaces
 from learneddyn.world.bounds import Bounded
 
@@ -106,6 +111,95 @@ def test_bounds_and_pairs_bring_predictions_back():
     assert torch.allclose(after.obs[:, 1:].norm(dim=1), torch.ones(20), atol=1e-5)
     with pytest.raises(ValueError, match="low and high belong together"):
         Bounded("elite", low=[0.0])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"degree": 3, "threshold": 1e-2},
+        {"degree": 3, "threshold": 0.0, "angles": [1], "bias": True, "target": "change"},
+        {"degree": 2, "threshold": 0.1, "angles": [0, 2], "learn_reward": True},
+        {"degree": 4, "interactions": False, "products": False, "bootstraps": 3, "aggregate": None},
+        {"degree": 2, "bootstraps": 3, "aggregate": None, "learn_reward": True, "target": "change"},
+        {"threshold": 0.0, "dropped": 0, "degree": 1, "bootstraps": 1},
+    ],
+)
+def test_the_fast_evaluation_is_the_differentiable_one(arguments):
+    model, data = SINDy(**arguments), polynomial(400, noise=0.01)
+    model.fit(data, rng=generator(0))
+    rng = generator(1)
+    obs, action = torch.randn(5000, 3, generator=rng), torch.randn(5000, 1, generator=rng)
+    with_gradients = obs.clone().requires_grad_()
+    slow = model.predict(with_gradients, action)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for lanes in (1, 7, 5000):  # the last takes several blocks
+            for one in (model, twin):
+                fast = one.predict(obs[:lanes], action[:lanes])
+                torch.testing.assert_close(fast.mean, slow.mean[:, :lanes], atol=2e-5, rtol=1e-4)
+                if model.learn_reward:
+                    torch.testing.assert_close(fast.reward_mean, slow.reward_mean[:, :lanes], atol=1e-3, rtol=1e-3)
+    slow.mean.sum().backward()
+    assert with_gradients.grad.isfinite().all()
+
+
+def test_what_is_made_of_neighbours_is_one_product():
+    library = PolynomialLibrary(4, 1, degree=3)
+    assert len(library) == 34 + 1 + 34
+    # Three coordinates multiply stretches of degree one and two each, one multiplies both as one: and the action all.
+    assert len(Evaluator(library, torch.ones(1, len(library), 1))._products) <= 9
+
+
+def test_new_coefficients_are_used_at_once():
+    model, data = SINDy(bootstraps=2), polynomial(200)
+    model.fit(data, rng=generator(0))
+    with torch.no_grad():
+        before = model.predict(data.obs, data.action).mean
+        model.coefficients.mul_(2)
+        torch.testing.assert_close(model.predict(data.obs, data.action).mean, 2 * before)
+
+
+def test_a_bootstrap_gives_what_pysindy_gives_on_its_rows():
+    from pysindy import STLSQ
+
+    data, library = polynomial(300, noise=0.1), PolynomialLibrary(3, 1, degree=2)
+    theta, target = library(data.obs.double(), data.action.double()), data.next_obs.double()
+    draw = draw_bootstraps(theta, target, 1, 2, generator(3))[0]
+    rng = generator(3)
+    drawn, kept = torch.randint(300, (300,), generator=rng), torch.randperm(theta.shape[1], generator=rng)[2:]
+    kept = kept.sort().values
+    wanted = STLSQ(0.05, 1e-2).fit(theta[drawn][:, kept].numpy(), target[drawn].numpy()).coef_
+    found = draw.stlsq(0.05, 1e-2)
+    assert (found != 0).sum() == (wanted != 0).sum() > 3
+    np.testing.assert_allclose(found[kept].T, wanted, atol=1e-9)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_rollouts_are_several_times_as_fast_as_all_terms_of_all_rows():
+    model, data = SINDy(degree=3, threshold=1e-2, dropped=0), polynomial(4096)
+    model.fit(data, rng=generator(0))
+
+    def spent(call):
+        begun = time.process_time()
+        for _ in range(30):
+            call()
+        return time.process_time() - begun
+
+    with torch.no_grad():
+        ratios = [
+            spent(lambda: model._differentiable(data.obs, data.action))
+            / spent(lambda: model._every(data.obs, data.action, None))
+            for _ in range(5)
+        ]
+    assert np.median(ratios) >= 2.5  # about 4.5, with other processes in the caches
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_bad_arguments():
