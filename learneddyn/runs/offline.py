@@ -27,7 +27,7 @@ from stable_baselines3.common.logger import KVWriter, configure
 from learneddyn.core import Json
 from learneddyn.data.replay import Replay
 from learneddyn.data.scores import REFERENCES, normalized_score
-from learneddyn.evaluation import Returns, evaluate
+from learneddyn.evaluation import evaluate
 from learneddyn.evaluation.stats import Estimate, bootstrap_interval
 from learneddyn.files import replace_file, replaced_folder, surviving_folder, write_file
 from learneddyn.runs.claims import panels, told
@@ -115,21 +115,23 @@ def learn_offline(
     done = folder / "result.json"
     if done.exists():
         return _read(json.loads(done.read_text()))
-    folder.mkdir(parents=True, exist_ok=True)
     play = partial(evaluate, real_id=env_id, env_kwargs=env_kwargs, device=device)
-    kept = surviving_folder(folder / "checkpoint")
-    notify("preparing", 0.0)
-    agent, marks = make() if not kept.exists() else _restored(load, kept), read_marks(folder)
-    begun = agent.num_timesteps
-    marks = [mark for mark in marks if mark.updates <= begun]
-    if begun < updates:
-        judged = partial(play, episodes=episodes, seed=JUDGE_SEED + seed)
-        judge = _Judge(judged, folder, marks, judge_every, updates, protocol == "best", notify)
-        sinks = ["csv", "tensorboard"] if importlib.util.find_spec("tensorboard") else ["csv"]
-        with closing(configure(str(folder / f"log-{begun}"), sinks)) as logger:
-            logger.output_formats.append(judge.latest)
-            agent.set_logger(logger)
-            agent.learn(updates - begun, judge, log_interval=min(1000, judge_every), reset_num_timesteps=begun == 0)
+    marks = read_marks(folder)
+
+    def judge(agent: BaseAlgorithm, figures: dict[str, float], spent: float) -> str:
+        updates = agent.num_timesteps
+        real = play(agent, episodes=episodes, seed=JUDGE_SEED + seed)
+        marks[:] = [mark for mark in marks if mark.updates < updates]
+        best = max((mark.mean for mark in marks), default=-np.inf)
+        before = marks[-1].cpu_seconds if marks else 0.0
+        marks.append(Mark(updates, real.returns.tolist(), round(before + spent, 1), figures))
+        replace_file(folder / "curve.json", json.dumps([mark._asdict() for mark in marks]).encode())
+        if protocol == "best" and real.mean > best:
+            agent.save(folder / ".best.new.zip")
+            (folder / ".best.new.zip").replace(folder / "best.zip")
+        return f"return {real.mean:.4g}"
+
+    agent = train_offline(make, load, folder, updates=updates, save_every=judge_every, at_save=judge, notify=notify)
     at = max(marks, key=lambda mark: mark.mean).updates if protocol == "best" else updates
     reported = load(folder / "best.zip") if protocol == "best" else agent
     notify("judging the reported policy", 1.0)
@@ -139,6 +141,48 @@ def learn_offline(
     entry = outcome._asdict() | {"marks": [mark._asdict() for mark in marks]}
     replace_file(done, json.dumps(entry).encode())
     return outcome
+
+
+AtSave = Callable[[BaseAlgorithm, dict[str, float], float], str]
+"""Called before a checkpoint: (agent, latest logged figures, CPU seconds since the last one) -> words to show."""
+
+
+def train_offline(
+    make: Callable[[], BaseAlgorithm],
+    load: Callable[[Path], BaseAlgorithm],
+    folder: Path,
+    *,
+    updates: int,
+    save_every: int,
+    at_save: AtSave | None = None,
+    notify: Notify = silent,
+) -> BaseAlgorithm:
+    """Do ``updates`` updates with a checkpoint every ``save_every`` of them and at the end, and return the agent.
+
+    A folder that holds a checkpoint is gone on with. No environment is needed.
+
+    Args:
+        make: a new agent with its data; one timestep is one update.
+        load: the agent in a zip, with its data.
+        folder: made if missing.
+        updates: in all.
+        save_every: updates between two checkpoints.
+        at_save: called before each.
+        notify: told how far it is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = surviving_folder(folder / "checkpoint")
+    notify("preparing", 0.0)
+    agent = _restored(load, kept) if kept.exists() else make()
+    begun = agent.num_timesteps
+    if begun < updates:
+        saver = _Saver(folder, updates, save_every, at_save, notify)
+        sinks = ["csv", "tensorboard"] if importlib.util.find_spec("tensorboard") else ["csv"]
+        with closing(configure(str(folder / f"log-{begun}"), sinks)) as logger:
+            logger.output_formats.append(saver.latest)
+            agent.set_logger(logger)
+            agent.learn(updates - begun, saver, log_interval=min(1000, save_every), reset_num_timesteps=begun == 0)
+    return agent
 
 
 def check_run(updates: int, judge_every: int, episodes: int, fresh_episodes: int, protocol: str) -> None:
@@ -256,41 +300,21 @@ class _Latest(KVWriter):
         """Do nothing."""
 
 
-class _Judge(BaseCallback):
-    """Judges and saves after every so many updates."""
+class _Saver(BaseCallback):
+    """Saves after every so many updates."""
 
-    def __init__(
-        self,
-        judged: Callable[..., Returns],
-        folder: Path,
-        marks: list[Mark],
-        every: int,
-        updates: int,
-        keep_best: bool,
-        notify: Notify,
-    ) -> None:
+    def __init__(self, folder: Path, updates: int, every: int, at_save: AtSave | None, notify: Notify) -> None:
         super().__init__()
-        self.judged, self.folder, self.marks, self.every, self.updates = judged, folder, marks, every, updates
-        self.keep_best, self.notify, self.latest = keep_best, notify, _Latest()
-        self.spent = marks[-1].cpu_seconds if marks else 0.0
-        self.begun = time.process_time()
+        self.folder, self.updates, self.every, self.at_save, self.notify = folder, updates, every, at_save, notify
+        self.latest, self.begun = _Latest(), time.process_time()
 
     def _on_step(self) -> bool:
         done = self.num_timesteps
         if done % self.every == 0 or done == self.updates:
-            self.judge(done)
+            spent, words = time.process_time() - self.begun, ""
+            if self.at_save is not None:
+                words = ": " + self.at_save(self.model, dict(self.latest.figures), spent)
+            _saved(self.model, self.folder / "checkpoint")
+            self.notify(f"{done} updates{words}", done / self.updates)
+            self.begun = time.process_time()
         return True
-
-    def judge(self, done: int) -> None:
-        """Add a mark, and save."""
-        spent = self.spent + time.process_time() - self.begun
-        real = self.judged(self.model)
-        best = max((mark.mean for mark in self.marks), default=-np.inf)
-        self.marks.append(Mark(done, real.returns.tolist(), round(spent, 1), dict(self.latest.figures)))
-        replace_file(self.folder / "curve.json", json.dumps([mark._asdict() for mark in self.marks]).encode())
-        if self.keep_best and real.mean > best:
-            self.model.save(self.folder / ".best.new.zip")
-            (self.folder / ".best.new.zip").replace(self.folder / "best.zip")
-        _saved(self.model, self.folder / "checkpoint")
-        self.notify(f"{done} updates: return {real.mean:.4g}", done / self.updates)
-        self.spent, self.begun = spent, time.process_time()
