@@ -68,7 +68,8 @@ def make_variant(base: str, bodies: Bodies | None = None, gravity: float | None 
     """
     spec = gym.spec(base)
     kind: Any = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
-    if not (isinstance(kind, type) and issubclass(kind, MujocoEnv)) or issubclass(kind, Plant):
+    fits = isinstance(kind, type) and issubclass(kind, MujocoEnv) and not issubclass(kind, Plant)
+    if not fits:
         raise ValueError(f"base must be a MuJoCo environment of Gymnasium that is read from a file, got {base!r}")
     for body, changes in (bodies or {}).items():
         if unknown := set(changes) - set(CHANGES):
