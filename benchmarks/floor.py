@@ -1,8 +1,7 @@
-"""What nobody can leave out: the matrix products of a task alone, in the order that is fastest on a CPU.
+"""What nobody can leave out: the layers of a task alone, or their matrix products, in the order that is fastest here.
 
-No bias, no activation, no noise, nothing before and nothing after; operands lie in contiguous memory, blocks fit the
-cache, results go into memory that is used again. Where a goal is missed, the ratio of these rows says what was left to
-win.
+No noise, nothing before and nothing after; operands lie in contiguous memory, blocks fit the cache, results go into
+memory that is used again. Where a goal is missed, the ratio of these rows says what was left to win.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,36 +9,45 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import relu, silu
 
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"silu": silu, "relu": relu}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NAME = "products alone"
+LAYERS, PRODUCTS = "layers alone", "products alone"
 _CACHED = 1680  # bytes of a hidden column in a block, as learneddyn.models.rollout cuts them
 _ALONE = 256  # rows from which products member by member are faster than batched ones
 
 
 def chain(
-    widths: Sequence[int], networks: int, rows: int, precision: str, device: str = "cpu", times: int = 1
+    widths: Sequence[int],
+    networks: int,
+    rows: int,
+    precision: str,
+    device: str = "cpu",
+    *,
+    times: int = 1,
+    activation: str = "silu",
 ) -> Callable[[], None]:
     """Return a call that passes ``rows`` rows through each of so many networks, ``times`` times over."""
     dtype, layers = DTYPES[precision], list(pairwise(widths))
     most = max(1, _CACHED // dtype.itemsize)
     block = -(-rows // -(-rows // most)) if device == "cpu" else rows
-    weights = [torch.randn(networks, *shape, device=device).to(dtype) for shape in layers]
+    weights = [torch.randn(networks, *shape, device=device).to(dtype) / shape[0] for shape in layers]
+    biases = [torch.randn(networks, 1, shape[1], device=device).to(dtype) for shape in layers]
     memory = [torch.randn(networks, block, width, device=device).to(dtype) for width in widths]
     alone = device == "cpu" and rows >= _ALONE
-    parts: list[tuple[list[Tensor], list[Tensor]]] = (
-        [([w[one] for w in weights], [m[one] for m in memory]) for one in range(networks)]
-        if alone
-        else [(weights, memory)]
-    )
-    product = torch.mm if alone else torch.bmm
+    each: list[int | slice] = [*range(networks)] if alone else [slice(None)]
+    parts = [[[tensor[one] for tensor in kind] for kind in (weights, biases, memory)] for one in each]
+    product, act = torch.addmm if alone else torch.baddbmm, ACTIVATIONS[activation]
 
     @torch.no_grad()
     def run() -> None:
         for _ in range(times * -(-rows // block)):
-            for ours, through in parts:
-                for weight, (x, out) in zip(ours, pairwise(through), strict=True):
-                    product(x, weight, out=out)
+            for weight, bias, (x, *through) in parts:
+                for layer, out in enumerate(through):
+                    x = product(bias[layer], x, weight[layer], out=out)
+                    if layer < len(weight) - 1:
+                        act(x, inplace=True)
 
     return run
 

@@ -75,16 +75,16 @@ def mbrl_lib(starts: int, device: str) -> Contestant:
     return Contestant("mbrl-lib", _case(starts), STEPS * starts, imagine, FLOP + POLICY, peer=True)
 
 
-def products_alone(starts: int, precision: str, device: str) -> Contestant:
-    """Only the products: of the model in ``precision``, of the policy always in fp32, as agents have it."""
+def layers_alone(starts: int, precision: str, device: str) -> Contestant:
+    """Only the layers: of the model in ``precision``, of the policy always in fp32, as agents have it."""
     model = floor.chain(WIDTHS, ELITES, -(-starts // ELITES), precision, device, times=STEPS)
-    policy = floor.chain((OBS, WIDTH, WIDTH, 2 * ACTION), 1, starts, "fp32", device, times=STEPS)
+    policy = floor.chain((OBS, WIDTH, WIDTH, 2 * ACTION), 1, starts, "fp32", device, times=STEPS, activation="relu")
 
     def imagine() -> None:
         model()
         policy()
 
-    return Contestant(f"{floor.NAME} {precision}", _case(starts), STEPS * starts, imagine, FLOP + POLICY)
+    return Contestant(f"{floor.LAYERS} {precision}", _case(starts), STEPS * starts, imagine, FLOP + POLICY)
 
 
 def _case(starts: int) -> str:
@@ -93,7 +93,7 @@ def _case(starts: int) -> str:
 
 def measure(turns: Turns, starts: int = 20_000) -> list[Row]:
     field, absent = [ours(starts, precision, turns.device) for precision in floor.DTYPES], []
-    field += [products_alone(starts, precision, turns.device) for precision in floor.DTYPES]
+    field += [layers_alone(starts, precision, turns.device) for precision in floor.DTYPES]
     try:
         field.append(mbrl_lib(starts, turns.device))
     except ImportError as error:

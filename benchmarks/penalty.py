@@ -62,7 +62,7 @@ def measure(turns: Turns, largest: int = 4096) -> list[Row]:
         field.append(as_a_kit(full.dynamics, count))
         for name in floor.DTYPES if count > 1 else ():
             call = floor.chain(WIDTHS, MEMBERS, count, name)
-            field.append(Contestant(f"{floor.NAME} {name}", lanes_of(count), count, call, MEMBERS * FLOP))
+            field.append(Contestant(f"{floor.LAYERS} {name}", lanes_of(count), count, call, MEMBERS * FLOP))
     return turns.contest(TABLE, field)
 
 

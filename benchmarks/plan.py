@@ -11,6 +11,7 @@ iCEM runs as `learneddyn.agents.MPC` calls it, with the paper's settings for 100
 action to last array: its time is the time of a step of control.
 """
 
+import math
 from typing import Any
 
 import floor
@@ -67,12 +68,20 @@ def mbrl_lib(planner: CEM, device: str) -> Contestant:
     return Contestant("mbrl-lib", _case(planner, PARTICLES), rows, plan, FLOP, peer=True)
 
 
-def products_alone(precision: str, planner: AbstractPlanner, particles: int, device: str) -> Contestant:
-    """Only the products of a plan: in every step, elites answer equal shares of all particles."""
-    rows = -(-planner.sequences * particles // NETWORKS)
-    call = floor.chain(WIDTHS, NETWORKS, rows, precision, device, times=planner.horizon)
-    imagined = rows * NETWORKS * planner.horizon
-    return Contestant(f"{floor.NAME} {precision}", _case(planner, particles), imagined, call, FLOP)
+def layers_alone(precision: str, planner: AbstractPlanner, particles: int, device: str) -> Contestant:
+    """Only the layers of a plan: in every step of every iteration, elites answer equal shares of all particles."""
+    plans = [planner.sequences]
+    if isinstance(planner, ICEM):
+        plans = [planner.candidates * planner.decay**-iteration for iteration in range(planner.iterations)]
+    rows = [math.ceil(each * particles / NETWORKS) for each in plans]
+    calls = [floor.chain(WIDTHS, NETWORKS, each, precision, device, times=planner.horizon) for each in rows]
+
+    def plan() -> None:
+        for call in calls:
+            call()
+
+    name = f"{floor.LAYERS} {precision}"
+    return Contestant(name, _case(planner, particles), sum(rows) * NETWORKS * planner.horizon, plan, FLOP)
 
 
 def _case(planner: AbstractPlanner, particles: int) -> str:
@@ -83,14 +92,14 @@ def measure(turns: Turns, iterations: int = 1) -> list[Row]:
     worlds = {precision: World(ensemble(turns.device, precision=precision), TASK) for precision in ("fp32", "bf16")}
     cem = CEM(HORIZON, CANDIDATES, ELITES, iterations, min_variance=0.0)
     field, absent = [ours(name, world, cem, PARTICLES) for name, world in worlds.items()], []
-    field += [products_alone(name, cem, PARTICLES, turns.device) for name in worlds]
+    field += [layers_alone(name, cem, PARTICLES, turns.device) for name in worlds]
     try:
         field.append(mbrl_lib(cem, turns.device))
     except ImportError as error:
         absent = [missing(CEM_TABLE, "mbrl-lib", error)]
     icem = ICEM.of_budget(100, horizon=HORIZON, beta=0.25)
     control = [ours(name, world, icem, 5) for name, world in worlds.items()]
-    control += [products_alone(name, icem, 5, turns.device) for name in worlds]
+    control += [layers_alone(name, icem, 5, turns.device) for name in worlds]
     return turns.contest(CEM_TABLE, field) + absent + turns.contest(ICEM_TABLE, control)
 
 

@@ -5,9 +5,12 @@
 Sizes are those of HalfCheetah: 7 networks of 4 x 200, 17 observation columns, 6 actions, a reward head, 5 elites of
 which one answers per lane and step. A world step is sampling, reward, termination and the checks around them. The
 ceiling is the best matrix product of the same table; a step counts the operations of one network per lane (for all
-members: of all; for training: three times), so everything around the products lowers the share. The naive reference,
-every row through every member and fresh memory everywhere, has a table of its own, because its large allocations make
-those of all others cheaper. `penalty.py` has the steps that must ask all members.
+members: of all; for training: three times), so everything around the products lowers the share. `penalty.py` has the
+steps that must ask all members.
+
+Once a process has freed a large piece of memory, glibc keeps later ones, and whoever takes fresh memory at every step
+gets faster. Steps of very many lanes, and the naive reference (every row through every member), therefore come last, in
+tables of their own; the one of many lanes repeats the smaller number after such a piece.
 
 mbrl-lib wants lanes in multiples of the elites: it gets the next smaller one, and rates count its own lanes.
 """
@@ -39,14 +42,14 @@ FLOP = 2 * sum(a * b for a, b in pairwise(WIDTHS))
 """Operations of one network and row."""
 NAIVE_LANES = 4096  # beyond, the reference wants gigabytes
 TASK = tasks.get("HalfCheetah-v5")
-STEP, TRAINING = "World step", "Ensemble training step"
+STEP, MANY, TRAINING = "World step", "World step of many lanes", "Ensemble training step"
 NAIVE = "World step beside all members and a gather"
 
 
 def ensemble(device: str = "cpu", **options: Any) -> ProbabilisticEnsemble:
     """An ensemble with fresh weights, standardised by random rows; its quality plays no part."""
     spaces = Spaces(
-        gym.spaces.Box(-np.inf, np.inf, (OBS,), np.float32), gym.spaces.Box(-1.0, 1.0, (ACTION,), np.float32)
+        gym.spaces.Box(-np.inf, np.inf, (OBS,), np.float64), gym.spaces.Box(-1.0, 1.0, (ACTION,), np.float32)
     )
     model = ProbabilisticEnsemble(MEMBERS, ELITES, learn_reward=True, max_epochs=1, **options)
     n, rng = 600, generator(0)
@@ -96,12 +99,12 @@ def naive_step(model: ProbabilisticEnsemble, lanes: int) -> Contestant:
     return Contestant("all members and a gather", lanes_of(lanes), lanes, step, MEMBERS * FLOP, peer=True)
 
 
-def products_alone(lanes: int, device: str) -> list[Contestant]:
-    """Only the products of a step: elites answer equal shares of the lanes."""
+def layers_alone(lanes: int, device: str) -> list[Contestant]:
+    """Only the layers of a step: elites answer equal shares of the lanes."""
     rows = -(-lanes // ELITES)
     return [
         Contestant(
-            f"{floor.NAME} {precision}",
+            f"{floor.LAYERS} {precision}",
             lanes_of(lanes),
             rows * ELITES,
             floor.chain(WIDTHS, ELITES, rows, precision, device),
@@ -205,8 +208,8 @@ def mbrl_env(model: Any) -> Any:
     return ModelEnv(real, model, never, None, generator(0, model.device))
 
 
-def mbrl_lib(lanes: list[int], device: str) -> tuple[list[Contestant], Contestant]:
-    """Steps and the training step of mbrl-lib.
+def mbrl_lib(lanes: list[int], device: str) -> tuple[dict[int, Contestant], Contestant]:
+    """Steps of mbrl-lib by the number of lanes, and its training step.
 
     Raises:
         ImportError: it is not installed.
@@ -215,12 +218,12 @@ def mbrl_lib(lanes: list[int], device: str) -> tuple[list[Contestant], Contestan
     from mbrl.models import ModelTrainer
     from mbrl.util.replay_buffer import BootstrapIterator
 
-    steps = []
+    steps = {}
     for wanted in lanes:
         count = wanted - wanted % ELITES
         if count:
             call = _mbrl_step(mbrl_env(model), count)
-            steps.append(Contestant("mbrl-lib", lanes_of(wanted), count, call, FLOP, peer=True))
+            steps[wanted] = Contestant("mbrl-lib", lanes_of(wanted), count, call, FLOP, peer=True)
     trainer = ModelTrainer(model, optim_lr=1e-3, weight_decay=5e-5)
     batches = cycle(BootstrapIterator(batch, BATCH, MEMBERS, shuffle_each_epoch=True, rng=np.random.default_rng(0)))
     return steps, _trained("mbrl-lib", lambda: model.update(next(batches), trainer.optimizer), peer=True)
@@ -234,33 +237,39 @@ def _mbrl_step(env: Any, lanes: int) -> Callable[[], Any]:
 
 def measure(turns: Turns, largest: int = 50_000) -> list[Row]:
     lanes = [count for count in (1, 256, 1024, 4096, 50_000) if count <= largest]
+    few = [count for count in lanes if count <= NAIVE_LANES]
     full, half = ensemble(turns.device), ensemble(turns.device, precision="bf16")
     absent: list[Row] = []
+    peer_steps: dict[int, Contestant] = {}
+    peers = []
     try:
         peer_steps, peer_training = mbrl_lib(lanes, turns.device)
         peers = [peer_training]
     except ImportError as error:
-        peer_steps, peers = [], []
         absent = [missing(table, "mbrl-lib", error) for table in (STEP, TRAINING)]
+
+    def steps(counts: list[int]) -> list[Contestant]:
+        field = []
+        for count in counts:
+            field += [world_step(name, World(model, TASK), count) for name, model in (("fp32", full), ("bf16", half))]
+            field += layers_alone(count, turns.device) if count > 1 else []
+            field += [peer_steps[count]] if count in peer_steps else []
+        return field
+
     with tempfile.TemporaryDirectory() as folder:
-        steps = [through_gym(full, f"{folder}/world")]
-    for count in lanes:
-        steps.append(world_step("fp32", World(full, TASK), count))
-        steps.append(world_step("bf16", World(half, TASK), count))
-        steps += products_alone(count, turns.device) if count > 1 else []
-    rows = turns.contest(STEP, [*steps, *peer_steps])
+        single = through_gym(full, f"{folder}/world")
+    rows = turns.contest(STEP, [single, *steps(few)])
     updates = [training(name, ensemble(turns.device), half=name == "bf16") for name in ("fp32", "bf16")]
     updates.append(training_by_autograd(ensemble(turns.device)))
     for name in floor.DTYPES:
-        updates.append(_trained(f"{floor.NAME} {name}", floor.update(WIDTHS, MEMBERS, BATCH, name, turns.device)))
+        updates.append(_trained(f"{floor.PRODUCTS} {name}", floor.update(WIDTHS, MEMBERS, BATCH, name, turns.device)))
     rows += turns.contest(TRAINING, [*updates, *peers])
-    field = []
-    for count in (count for count in lanes if count <= NAIVE_LANES):
-        for name, model in (("fp32", full), ("bf16", half)):
-            field.append(world_step(name, World(model, TASK), count))
-        field.append(naive_step(full, count))
-    rows += turns.contest(NAIVE, field)
-    return rows + absent
+    rows += turns.contest(MANY, steps(lanes[-2:])) if lanes != few else []
+    naive = []
+    for count in few:
+        naive += [world_step(name, World(model, TASK), count) for name, model in (("fp32", full), ("bf16", half))]
+        naive.append(naive_step(full, count))
+    return rows + turns.contest(NAIVE, naive) + absent
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ class Goal(NamedTuple):
     """A figure to reach; times are those on one thread.
 
     ``against`` is the peer whose rate is exceeded ``wanted`` times; "ceiling": the share of the fp32 ceiling; "us": at
-    most so many microseconds a call; "amount": at most that much. Where the table has the products alone, the row that
-    does only what nobody can leave out, its figure is shown beside.
+    most so many microseconds a call; "amount": at most that much. Where the table has a row that does only what
+    nobody can leave out ("... alone fp32"), its figure is shown beside.
     """
 
     table: str

@@ -98,12 +98,11 @@ class Snapshot:
         counts = tuple(torch.bincount(member, minlength=self._full.members).tolist())
         alone = _ALONE if self._fast is self._full else len(x) + 1
         layout = _layout(counts, _BYTES // self._fast.itemsize, alone, x.device)
-        rows = self._standardised(x.index_select(0, order[layout.window]), self._fast)
+        rows = self._standardised(x.index_select(0, order.index_select(0, layout.window)), self._fast)
         out = self._buffers.take("out", rows, len(rows), self._width)
         for block in layout.blocks:
             self._through(self._fast.of(block.members), block.of(rows), block.of(out))
-        place = torch.empty_like(order)
-        place[order] = layout.place
+        place = torch.empty_like(order).index_copy_(0, order, layout.place)
         return self._answer(out.index_select(0, place).float())
 
     def dealt(self, x: Float[Tensor, "b i"], member: Int[Tensor, " b"], among: Int[Tensor, " k"]) -> Answer:
@@ -119,11 +118,11 @@ class Snapshot:
         turn = torch.arange(lanes, device=x.device)
         start = torch.searchsorted(group, torch.arange(len(asked), device=x.device))
         window = (start[:, None] + turn[:share]).clamp_(max=lanes - 1)
-        rows = self._standardised(x.index_select(0, order[window.flatten()]), self._fast).view(*window.shape, -1)
+        rows = self._standardised(x.index_select(0, order.index_select(0, window.flatten())), self._fast)
+        rows = rows.view(*window.shape, -1)
         out = self._buffers.take("out", rows, *window.shape, self._width)
         self._through(self._fast.chosen(asked), rows, out)
-        place = torch.empty_like(order)
-        place[order] = group * share + turn - start[group]
+        place = torch.empty_like(order).index_copy_(0, order, group * share + turn - start[group])
         return self._answer(out.flatten(0, 1).index_select(0, place).float())
 
     def every(self, x: Float[Tensor, "b i"], half: bool = False) -> Answer:

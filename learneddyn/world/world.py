@@ -183,14 +183,15 @@ class World:
         state = self.start(obs.repeat_interleave(particles, dim=0), rng)
         total = torch.zeros(len(state.obs), device=obs.device)
         alive = torch.ones(len(state.obs), dtype=torch.bool, device=obs.device)
-        for number, actions in enumerate(plans.unbind(dim=1), start=1):
-            state, step, finite = self._advance(state, actions.repeat_interleave(particles, dim=0), rng)
+        # Once for all steps: repeating costs more than a layer of few rows.
+        for number, actions in enumerate(plans.repeat_interleave(particles, dim=0).unbind(dim=1), start=1):
+            state, step, finite = self._advance(state, actions, rng)
             if finite is not None:
                 if self.sentinel is not None:
                     told(self.sentinel, number, state.member, alive, finite)
                 total = torch.where(alive & ~finite, -torch.inf, total)
             alive = alive & step.trusted
-            total = total + step.reward * alive
+            total = torch.where(alive, total + step.reward, total)
             alive = alive & ~step.terminated
         return total.view(-1, particles).mean(dim=1)
 
