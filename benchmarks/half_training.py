@@ -53,7 +53,7 @@ def main() -> None:
     lines = [
         "# Training in bfloat16: validation likelihood",
         "",
-        f"Written by `python benchmarks/half_training.py`: {ENV}, {args.steps} random steps, trained until early stopping,",
+        f"Written by `python benchmarks/half_training.py`: {ENV}, {args.steps} random steps, until early stopping;",
         "negative log-likelihood of the elites on another log, nats per column.",
         "",
         "| layers | seed | NLL | epochs | CPU s |",
