@@ -666,14 +666,17 @@ def reproduce(
     """Measure the central claims of papers in small experiments: ``learneddyn reproduce icem``, or ``all``.
 
     Args:
-        name: of an experiment, see ``learneddyn list``; ``all`` means every one.
+        name: of an experiment, see ``learneddyn list``; ``all`` means every one, which takes hours.
         seeds: by default those of each experiment.
         out: folder; every experiment writes result.json and result.png into its own folder there.
         docs: folder of the documentation whose reproduce.md and reproduce/ are refreshed from ``out``.
         workers: processes at once, by default one per core.
-        resume: keep the seeds that ``out`` holds already.
+        resume: go on where a run was stopped: seeds that ``out`` holds are kept, agents go on from their checkpoints.
     """
-    for chosen in experiments.names() if name == "all" else [name]:
+    wanted = experiments.names() if name == "all" else [name]
+    if "mbpo_hopper" in wanted:
+        console.print("mbpo_hopper plays one seed for more than half an hour; stopped, it goes on with --resume true")
+    for chosen in wanted:
         claim = experiments.get(chosen)
         findings = run_claim(claim, out, seeds=seeds, workers=workers, resume=resume)
         table = Table(title=f"{chosen}: {verdict(findings)}", caption=f"{claim.paper}. {claim.claim}")
