@@ -6,7 +6,7 @@ baselines is the one of Huang, Xie, Bharadhwaj, Shkurti, "Continual Model-Based 
 Hypernetworks" (2021).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -133,7 +133,9 @@ class MultiHead(AbstractContinual):
         shared = [self.theta] if len(self.theta) else []
         parameters = [*shared, *(parameter for state in states for parameter in state.trained())]
         optimizer = torch.optim.Adam(parameters, self.learning_rate, fused=True)
-        turns = iter(torch.randint(max(1, task), (self.updates,), generator=rng, device=rng.device).tolist())
+        turns: Iterator[int] = iter(())
+        if rehearsed:
+            turns = iter(torch.randint(task, (self.updates,), generator=rng, device=rng.device).tolist())
         penalised = self.penalty != "none" and task > 0
 
         def step(batch: Float[Tensor, "b r"]) -> Float[Tensor, ""]:
