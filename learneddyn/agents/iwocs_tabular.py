@@ -65,7 +65,9 @@ def policy_values(models: TabularModels, policy: Int[Tensor, " s"]) -> Float[Ten
     """Return the values of a deterministic policy in every model, exactly."""
     states = torch.arange(len(policy), device=policy.device)
     moved, paid = models.transition[:, states, policy], models.reward[:, states, policy]
-    return torch.linalg.solve(torch.eye(len(policy), dtype=moved.dtype) - models.discount * moved, paid)
+    return torch.linalg.solve(
+        torch.eye(len(policy), dtype=moved.dtype, device=moved.device) - models.discount * moved, paid
+    )
 
 
 @dataclass(frozen=True)

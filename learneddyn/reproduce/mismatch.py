@@ -164,8 +164,8 @@ def findings(seeds: dict[int, Json]) -> list[Finding]:
             bound, holds = (f"at least {enough}", count >= enough) if judged else ("reported", None)
             what = f"seeds of {len(seeds)} in which weights lower the {means} {where}"
             rows.append(Finding(what, bootstrap_interval([float(count)]), bound, holds))
-        change = f"squared error, weighted / plain, median, {where}"
-        rows.append(Finding(change, bootstrap_interval(weighted / plain, np.median), "reported", None))
+        ratio = bootstrap_interval(weighted / plain, np.median)
+        rows.append(Finding(f"squared error, weighted / plain, median, {where}", ratio, "reported", None))
     for name, study in _studies(seeds).items():
         what = f"correlation (Pearson) of log-likelihood and return, {len(study.returns)} models, {name} data"
         rows.append(Finding(what, study.pearson[name], "reported", None))
