@@ -11,7 +11,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import learneddyn.agents
-from learneddyn.agents import IWOCS, MPC, PETS, Dyna, FastSAC, RobustPolicy
+from learneddyn.agents import IWOCS, PETS, Dyna, FastSAC, RobustPolicy
 from learneddyn.agents.worst_case import every
 from learneddyn.models import ProbabilisticEnsemble
 from learneddyn.planners import ICEM
@@ -19,11 +19,9 @@ from learneddyn.spaces import Spaces
 from learneddyn.testing import check_policy
 
 EXPORTED = [getattr(learneddyn.agents, name) for name in learneddyn.agents.__all__]
-ACTING = [kind for kind in EXPORTED if isinstance(kind, type) and hasattr(kind, "predict")]
-MIXINS = [kind for kind in ACTING if issubclass(kind, Dyna) and not kind.policy_aliases]
-POLICIES = [MPC, RobustPolicy]
-"""They act and do not learn: `test_agents_mpc` and `test_iwocs` check them."""
-LEARNERS = [kind for kind in ACTING if kind not in MIXINS and kind not in POLICIES]
+LEARNING = [kind for kind in EXPORTED if isinstance(kind, type) and hasattr(kind, "learn")]
+MIXINS = [kind for kind in LEARNING if issubclass(kind, Dyna) and not kind.policy_aliases]
+LEARNERS = [kind for kind in LEARNING if kind not in MIXINS]
 NETS: dict[str, Any] = {"policy_kwargs": {"net_arch": [8]}, "learning_starts": 50, "batch_size": 32, "buffer_size": 400}
 STEPS = 20
 
@@ -70,7 +68,8 @@ RECIPES: dict[type, Callable[..., Any]] = {Dyna: a_dyna, FastSAC: a_sac, PETS: a
 
 
 def made(kind: type, **given: Any) -> Any:
-    recipe = next(recipe for base, recipe in RECIPES.items() if issubclass(kind, base))
+    recipe = next((recipe for base, recipe in RECIPES.items() if issubclass(kind, base)), None)
+    assert recipe is not None, f"{kind.__name__} is exported: RECIPES must say how a small one is made"
     return recipe(kind, **{"seed": 1, "device": "cpu"} | given)
 
 
