@@ -22,7 +22,7 @@ from learneddyn import tasks
 from learneddyn.core import DataError, Task, Transitions, generator
 from learneddyn.data.replay import Batch, Replay
 from learneddyn.offline.dataset import Data, read, return_range, scaled
-from learneddyn.offline.policy import OfflinePolicy
+from learneddyn.offline.policy import FlatPolicy, OfflinePolicy
 
 Learner = TypeVar("Learner", bound="OfflineAlgorithm")
 
@@ -92,7 +92,7 @@ class OfflineAlgorithm(BaseAlgorithm):
 
     def __init__(
         self,
-        policy: str | type[OfflinePolicy] = "MlpPolicy",
+        policy: str | type[FlatPolicy] = "MlpPolicy",
         data: Data | None = None,
         *,
         env: GymEnv | str | None = None,
@@ -230,7 +230,7 @@ class OfflineAlgorithm(BaseAlgorithm):
             DataError: the learner was loaded without data.
             Diverged: a loss is NaN or infinite; checked at every line of the log.
         """
-        if self.replay is None:
+        if self.data is None:
             raise DataError(f"this {type(self).__name__} has no data to learn from: use load(path, data=...)")
         total, calls = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
