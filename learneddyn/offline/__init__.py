@@ -18,6 +18,9 @@ Updates of actor and critics (`OfflineAlgorithm` holds data, nets, files and log
     `GenerativeQL` (ofql.py)        OFQL      average-velocity flow, one step    `OFQL`
       actor, eta                    DQL       diffusion of K denoising steps     `DQL`
 
+`TrajectoryDiffuser` (trajectory_diffuser.py) has no actor: it proposes a plan of states, refines it in a few denoising
+steps, and asks inverse dynamics for the action.
+
 The same update inside a learned model, `OfflineMBPO` (model_based.py), is a product of parts, each of which can be off:
 
     dynamics model   x reward transform  x selector            x critic rule           x data mix
@@ -62,6 +65,7 @@ from learneddyn.offline.sac import CQL, EDAC, SACN, OfflineSAC
 from learneddyn.offline.selection import Ranking, model_error, rank, return_in_model
 from learneddyn.offline.ss_orl import ProxyLabelled, hide_actions, semi_supervised
 from learneddyn.offline.td3 import TD3BC, OfflineTD3, ReBRAC
+from learneddyn.offline.trajectory_diffuser import TrajectoryDiffuser, TrajectoryPolicy
 from learneddyn.offline.transition_filter import TransitionFilter
 
 __all__ = [
@@ -95,6 +99,8 @@ __all__ = [
     "ProxyLabelled",
     "Ranking",
     "ReBRAC",
+    "TrajectoryDiffuser",
+    "TrajectoryPolicy",
     "TransitionFilter",
     "fqe",
     "hide_actions",
