@@ -40,6 +40,18 @@ class Residual(nn.Module):
         return self.second(self.first(x) + self.told(condition)[..., None]) + self.shortcut(x)
 
 
+class Level(nn.Module):
+    """Two residual blocks."""
+
+    def __init__(self, inputs: int, outputs: int, condition: int) -> None:
+        super().__init__()
+        self.first, self.second = Residual(inputs, outputs, condition), Residual(outputs, outputs, condition)
+
+    def forward(self, x: Float[Tensor, "b i h"], condition: Float[Tensor, "b c"]) -> Float[Tensor, "b j h"]:
+        """Return the new channels."""
+        return self.second(self.first(x, condition), condition)
+
+
 class TemporalUNet(nn.Module):
     """A U-Net of convolutions along time, told the diffusion step and, where known, the return to go.
 
@@ -62,17 +74,14 @@ class TemporalUNet(nn.Module):
             self.down, self.up = nn.ModuleList(), nn.ModuleList()
             self.shorten, self.lengthen = nn.ModuleList(), nn.ModuleList()
             for inputs, outputs in pairwise((state_dim, *widths)):
-                self.down.append(self._pair(inputs, outputs))
+                self.down.append(Level(inputs, outputs, 2 * width))
             for wide, narrow in pairwise(reversed(widths)):
-                self.up.append(self._pair(2 * wide, narrow))
+                self.up.append(Level(2 * wide, narrow, 2 * width))
             for channels in widths[:-1]:
                 self.shorten.append(nn.Conv1d(channels, channels, 3, stride=2, padding=1))
                 self.lengthen.insert(0, nn.ConvTranspose1d(channels, channels, 4, stride=2, padding=1))
-            self.middle = self._pair(widths[-1], widths[-1])
+            self.middle = Level(widths[-1], widths[-1], 2 * width)
             self.out = nn.Sequential(Convolution(widths[0], widths[0]), nn.Conv1d(widths[0], state_dim, 1))
-
-    def _pair(self, inputs: int, outputs: int) -> nn.ModuleList:
-        return nn.ModuleList((Residual(inputs, outputs, 2 * self.width), Residual(outputs, outputs, 2 * self.width)))
 
     def forward(
         self,
@@ -96,19 +105,14 @@ class TemporalUNet(nn.Module):
             goal = self.embed_return(returns[:, None])
             goal = goal if told is None else goal * told[:, None]
         condition, y, skipped = torch.cat((time, goal), 1), x.transpose(1, 2), []
-        for level, pair in enumerate(self.down):
-            for block in pair:
-                y = block(y, condition)
+        for number, level in enumerate(self.down):
+            y = level(y, condition)
             skipped.append(y)
-            if level < len(self.shorten):
-                y = self.shorten[level](y)
-        for block in self.middle:
-            y = block(y, condition)
-        for pair, longer in zip(self.up, self.lengthen, strict=True):
-            y = torch.cat((y, skipped.pop()), 1)
-            for block in pair:
-                y = block(y, condition)
-            y = longer(y)
+            if number < len(self.shorten):
+                y = self.shorten[number](y)
+        y = self.middle(y, condition)
+        for level, longer in zip(self.up, self.lengthen, strict=True):
+            y = longer(level(torch.cat((y, skipped.pop()), 1), condition))
         return self.out(y).transpose(1, 2)
 
 

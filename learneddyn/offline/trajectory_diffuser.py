@@ -40,8 +40,8 @@ class Memory(NamedTuple):
 
     obs: Float[Tensor, "b c o"]
     returns: Float[Tensor, "b c"]
-    count: Int[Tensor, " b"]
-    """Entries that are filled."""
+    filled: Int[Tensor, " b"]
+    """Entries that each row holds."""
     action: Float[Tensor, "b a"]
     """The last action, in [-1, 1]."""
 
@@ -188,10 +188,10 @@ class TrajectoryPolicy(FlatPolicy):
             )
             fresh = torch.ones_like(fresh)
         every = torch.arange(rows, device=obs.device)
-        before, last = memory.obs[every, memory.count - 1], memory.returns[every, memory.count - 1]
+        before, last = memory.obs[every, memory.filled - 1], memory.returns[every, memory.filled - 1]
         paid = self.reward(torch.cat((self.normaliser(before), memory.action, self.normaliser(obs)), 1))[0, :, 0]
         left = torch.where(fresh, self.target, torch.maximum(last - paid, self._floor()))
-        count = torch.where(fresh, 0, memory.count)
+        count = torch.where(fresh, 0, memory.filled)
         full = (count == entries)[:, None]
         at = count.clamp(max=entries - 1)
         return Memory(
@@ -217,8 +217,8 @@ class TrajectoryPolicy(FlatPolicy):
         rows, entries, _ = memory.obs.shape
         states = self.normaliser(memory.obs.flatten(0, 1)).view(rows, entries, -1)
         every = torch.arange(rows, device=states.device)
-        now, left = states[every, memory.count - 1], memory.returns[every, memory.count - 1]
-        ahead = self.proposer.roll(states, memory.returns, memory.count, self.horizon - 1)
+        now, left = states[every, memory.filled - 1], memory.returns[every, memory.filled - 1]
+        ahead = self.proposer.roll(states, memory.returns, memory.filled, self.horizon - 1)
         proposal = torch.cat((now[:, None], ahead), 1).repeat_interleave(self.plans, 0)
 
         def noise() -> Tensor:
@@ -409,8 +409,8 @@ class TrajectoryDiffuser(OfflineAlgorithm):
 
     def _fill(self, rows: Transitions) -> None:
         self.windows = Windows(self._prepared(rows), self.policy.normaliser)
-        best = self.windows.episode_returns.max()
-        self.policy.target.copy_(best if self.target_return is None else self.target_return * self.reward_factor)
+        target, best = self.target_return, self.windows.episode_returns.max()
+        self.policy.target.fill_(best if target is None else target * self.reward_factor)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "windows"]

@@ -244,11 +244,11 @@ def test_the_return_to_go_is_kept(log):
     memory, kept = None, []
     for obs in log.obs[:5]:
         memory = policy.remember(obs[None], memory, torch.tensor([False]))
-        kept.append(float(memory.returns[0, memory.count - 1]))
+        kept.append(float(memory.returns[0, memory.filled - 1]))
     assert kept == pytest.approx([0.9, 0.65, 0.4, 0.3, 0.3])
     again = policy.remember(log.obs[:1], memory, torch.tensor([True]))
     assert float(again.returns[0, 0]) == pytest.approx(0.9)
-    assert again.count.tolist() == [1]
+    assert again.filled.tolist() == [1]
     best = TrajectoryDiffuser("MlpPolicy", log, seed=0, reward_scale=1.0, **SMALL)
     number = torch.unique_consecutive(log.episode, return_inverse=True)[1]
     returns = torch.zeros(int(number[-1]) + 1).index_add(0, number, log.reward)
