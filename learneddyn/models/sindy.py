@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from learneddyn.core import Transitions
+from learneddyn.core import DataError, Transitions
+from learneddyn.models.base import FitReport
 from learneddyn.models.library import Evaluator, PolynomialLibrary, sum_of_terms
 from learneddyn.models.regression import AbstractRegression, Answer
 from learneddyn.models.stlsq import draw_bootstraps, merged, require_options
@@ -47,6 +48,8 @@ class SINDy(AbstractRegression):
         threshold: coefficients below it are dropped.
         ridge: L2 factor inside the thresholding; what survives is fitted again without it.
         angles: observation columns in radians.
+        domain: (column, low, high): transitions that begin or end with that column outside are not learned from. A
+            polynomial cannot know the end of a rail, and one that tries is wrong everywhere.
         learn_reward: add a reward head.
         holdout_ratio: share of the rows that measure the noise.
 
@@ -67,6 +70,7 @@ class SINDy(AbstractRegression):
         threshold: float = 1e-3,
         ridge: float = 1e-5,
         angles: Sequence[int] = (),
+        domain: Sequence[Sequence[int | float]] = (),
         learn_reward: bool = False,
         holdout_ratio: float = 0.2,
     ) -> None:
@@ -77,12 +81,14 @@ class SINDy(AbstractRegression):
             ("target", target in ("next", "change"), target, "'next' or 'change'"),
             ("threshold", threshold >= 0, threshold, "at least 0"),
             ("ridge", ridge >= 0, ridge, "at least 0"),
+            ("domain", all(len(one) == 3 and one[1] < one[2] for one in domain), domain, "(column, low, high) each"),
         ):
             if not ok:
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
         self.degree, self.interactions, self.products, self.bias = degree, interactions, products, bias
         self.target, self.bootstraps, self.dropped, self.aggregate = target, bootstraps, dropped, aggregate
         self.threshold, self.ridge, self.angles = threshold, ridge, list(angles)
+        self.domain: list[tuple[int, float, float]] = [(int(i), float(low), float(high)) for i, low, high in domain]
         self.learn_reward, self.holdout_ratio = learn_reward, holdout_ratio
         self.num_members = bootstraps if aggregate is None else 1
 
@@ -103,6 +109,25 @@ class SINDy(AbstractRegression):
         self.register_buffer("bootstrapped", torch.zeros(self.bootstraps, count, o))
         self.register_buffer("coefficients", torch.zeros(self.num_members, count, o))
         self.register_buffer("reward_coefficients", torch.zeros(self.num_members, count, int(self.learn_reward)))
+
+    def fit(self, data: Transitions, *, rng: torch.Generator, progress: bool = False) -> FitReport:
+        """Learn from the transitions inside the domain, see `AbstractRegression.fit`.
+
+        Raises:
+            DataError: fewer than two rows, or fewer inside the domain; NaN or infinite rows.
+            ValueError: the data has other spaces than the model, or lacks a column of the domain.
+            FloatingPointError: what was learned is not finite; the model is left as it was.
+            ImportError: pysindy is not installed (names the extra).
+        """
+        inside = torch.ones(len(data), dtype=torch.bool, device=data.device)
+        for column, low, high in self.domain:
+            if not 0 <= column < data.obs.shape[1]:
+                raise ValueError(f"domain must name observation columns below {data.obs.shape[1]}, got {self.domain}")
+            for values in (data.obs[:, column], data.next_obs[:, column]):
+                inside &= (values >= low) & (values <= high)
+        if len(data) >= 2 and int(inside.sum()) < 2:
+            raise DataError(f"fewer than 2 of {len(data)} transitions lie inside the domain {self.domain}")
+        return super().fit(data[inside] if self.domain else data, rng=rng, progress=progress)
 
     def library(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"]) -> Float[Tensor, "b p"]:
         """Return the candidate terms of every row."""

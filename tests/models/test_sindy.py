@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from learneddyn.core import State, Transitions, generator
+from learneddyn.core import DataError, State, Transitions, generator
 from learneddyn.models import SINDy
 from learneddyn.models.library import Evaluator, PolynomialLibrary
 from learneddyn.models.stlsq import draw_bootstraps
@@ -202,7 +202,25 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def test_transitions_outside_the_domain_are_not_learned_from(tmp_path):
+    data, model = polynomial(noise=0.0), SINDy(domain=[(1, -0.5, 0.5)], dropped=0)
+    beyond = (data.obs[:, 1].abs() > 0.5) | (data.next_obs[:, 1].abs() > 0.5)
+    data.next_obs[beyond] = 99.0
+    report = model.fit(data, rng=generator(0))
+    assert report.metrics["train_rows"] + report.metrics["holdout_rows"] == (~beyond).sum()
+    assert model.equations()[2] == "x2' = 0.5 x2 u0"
+    assert model.noise.max() < 1e-3
+    model.save(tmp_path)
+    assert SINDy.load(tmp_path).domain == model.domain
+    with pytest.raises(DataError, match="fewer than 2 of 2000 transitions lie inside the domain"):
+        SINDy(domain=[(0, 5.0, 6.0)]).fit(data, rng=generator(0))
+    with pytest.raises(ValueError, match="domain must name observation columns below 3"):
+        SINDy(domain=[(3, 0, 1)]).fit(data, rng=generator(0))
+
+
 def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"domain must be \(column, low, high\) each"):
+        SINDy(domain=[(0, 1.0, 0.0)])
     with pytest.raises(ValueError, match="aggregate must be"):
         SINDy(aggregate="mode")
     with pytest.raises(ValueError, match="names must be 3 observation columns"):
