@@ -11,6 +11,7 @@ from learneddyn.core import DataError, Transitions, generator
 from learneddyn.data import collect, without_actions
 from learneddyn.models import AbstractDynamics, AbstractModel, InverseDynamics, ModelFileError
 from learneddyn.models.inverse import r_squared
+from learneddyn.reproduce.ss_orl import hidden_velocity
 from learneddyn.spaces import Spaces
 from learneddyn.testing import example_transitions
 
@@ -35,22 +36,6 @@ def fitted(log):
     model = InverseDynamics(num_members=2, **QUICK)
     model.fit(log, rng=generator(0))
     return model
-
-
-def hidden_velocity(episodes: int, seed: int, gain: float = 0.0, steps: int = 60) -> Transitions:
-    """v' = v + .2 a - .05 x, x' = x + v'; the position x alone is seen. Actions are noise around ``-gain x``."""
-    rng = generator(seed)
-    x, v = (torch.randn(episodes, 1, generator=rng) for _ in range(2))
-    rows = []
-    for _ in range(steps):
-        action = (0.7 * torch.randn(episodes, 1, generator=rng) - gain * x).clamp(-1, 1)
-        v = v + 0.2 * action - 0.05 * x
-        rows.append((x, action, x + v))
-        x = x + v
-    obs, action, after = (torch.stack(column, 1).flatten(0, 1) for column in zip(*rows, strict=True))
-    spaces = Spaces(gym.spaces.Box(-np.inf, np.inf, (1,), np.float32), gym.spaces.Box(-1.0, 1.0, (1,), np.float32))
-    number = torch.arange(episodes).repeat_interleave(steps)
-    return Transitions(obs, action, action[:, 0], after, number < 0, number, spaces)
 
 
 @pytest.mark.parametrize(("past", "low", "high"), [(0, -0.3, 0.2), (1, 0.9, 1.0)])
