@@ -7,6 +7,7 @@ on top of it; ``--print_config`` shows what it would run with. Unknown keys are 
 """
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from typing import Any, Literal
 
 import gymnasium as gym
 import jsonargparse
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +36,9 @@ from learneddyn.data.grades import Grade, algorithms
 from learneddyn.envs import check_settings, first_observations, load_world, save_world, world_names
 from learneddyn.evaluation import Round
 from learneddyn.evaluation.render import side_by_side
+from learneddyn.files import write_file
 from learneddyn.models import AbstractDynamics, ProbabilisticEnsemble
+from learneddyn.offline import objectives
 from learneddyn.planners import AbstractPlanner
 from learneddyn.runs import (
     Notify,
@@ -54,10 +58,12 @@ from learneddyn.runs.offline import (
     check_run,
     learn_offline,
     summary,
+    train_offline,
     write_offline_report,
 )
 from learneddyn.runs.online import Mark, draw_curves, learn_online
 from learneddyn.runs.report import report_runs
+from learneddyn.runs.sweep import run_sweep, write_summary
 from learneddyn.runs.trials import Trial, learn_trials
 
 console = Console(width=None if sys.stdout.isatty() else 120)
@@ -655,6 +661,92 @@ def offline(
     console.print(f"mean return {told(summary(outcomes))}, report: {path}", soft_wrap=True)
 
 
+def sweep(
+    agent: str | None = None,
+    dataset: list[str] | str | None = None,
+    space: dict[str, Any] | None = None,
+    env_id: str | None = None,
+    out: str = "runs/sweep",
+    trials: int = 30,
+    objective: str = "return_in_model",
+    sampler: Literal["tpe", "gp", "random"] = "tpe",
+    updates: int = 100_000,
+    model: AbstractDynamics | None = None,
+    agent_kwargs: dict[str, Any] | None = None,
+    save_every: int = 10_000,
+    seeds: list[int] | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    ray: bool = False,
+    device: str = "cpu",
+    resume: bool = False,
+    progress: bool = True,
+) -> None:
+    """Search an offline learner's settings, judged without the simulator unless it is named. Killed sweeps go on.
+
+    A fifth of the episodes is kept from the learners for the judge. best.yaml in the folder is a configuration of
+    ``learneddyn offline``.
+
+    Args:
+        agent: an offline learner, see ``learneddyn list``.
+        dataset: one or several ids of Minari data sets.
+        space: what is searched, such as {agent_kwargs.penalty_weight: {low: 0.1, high: 10.0, log: true}}: names are
+            updates, agent_kwargs.NAME and model.NAME; a list holds choices.
+        env_id: Gymnasium id of the real environment; null takes what the data set names.
+        out: folder of the sweep.
+        trials: in all.
+        objective: fqe, return_in_model, model_error, real, or the path of a function (learneddyn.offline.objectives).
+        sampler: tpe, gp (Bayesian optimisation by a Gaussian process) or random.
+        updates: gradient updates of a trial.
+        model: class path and arguments of the dynamics model; return_in_model judges by another of the same kind.
+        agent_kwargs: for the learner's constructor, where the space does not say otherwise.
+        save_every: updates between checkpoints.
+        seeds: every trial is the mean over these seeds.
+        seed: the only one, where seeds is not given; of the sampler, too.
+        workers: trials at once, by default one per core.
+        ray: play the trials with Ray Tune, on this machine or a cluster.
+        device: of the learners.
+        resume: go on with the sweep in the folder.
+        progress: show progress.
+    """
+    kind, kwargs, dataset = _learner(agent), agent_kwargs or {}, _ids(dataset)
+    of_agents = [name.split(".")[1] for name in space or {} if name.startswith("agent_kwargs.")]
+    _check_learner(kind, kwargs | dict.fromkeys(of_agents), model)
+    if wrong := [name for name in space or {} if name.split(".")[0] not in ("updates", "agent_kwargs", "model")]:
+        raise ValueError(f"space holds {wrong[0]!r}; names are updates, agent_kwargs.NAME and model.NAME")
+    objectives.objective(objective)
+    real_id = env_id or _env_of(dataset)
+    base = {
+        "agent": kind.__name__,
+        "dataset": dataset,
+        "env_id": real_id,
+        "updates": updates,
+        "model": None if model is None else described(model),
+        "agent_kwargs": kwargs,
+    }
+    chosen = seeds or [seed]
+    settings = base | {"space": space, "objective": objective, "sampler": sampler, "seeds": chosen}
+    folder = RunFolder(out, settings, resume=resume)
+    judge = folder.path / "judge"
+    if objective == "return_in_model" and not judge.exists():
+        model = _default_model(real_id) if model is None else model
+        fitted = type(model)(**model.config())
+        fitted.to(device).fit(load(dataset, device=device), rng=generator(seed + 1, device), progress=progress)
+        fitted.save(judge)
+    play = partial(_sweep_trial, base, objective, chosen, save_every, device, judge)
+    common: dict[str, Any] = {"trials": trials, "sampler": sampler, "workers": workers, "seed": seed}
+    ended = run_sweep(space or {}, play, folder.path, ray=ray, progress=progress, **common)
+    told_by = "the real environment chose: no result of learning offline" if objective == "real" else "no simulator"
+    notes = [f"Maximised: {objective} ({told_by}), mean over the seeds {chosen}, after {updates} updates."]
+    path = write_summary(folder.path, f"{kind.__name__} on {', '.join(dataset)}", notes)
+    if best := max((trial for trial in ended if trial.value is not None), key=lambda trial: trial.value, default=None):
+        plan = planned(base, best.settings)
+        plan["model"] = plan["model"] and {"class_path": plan["model"]["class"], "init_args": plan["model"]["config"]}
+        write_file(folder.path / "best.yaml", yaml.safe_dump(plan, sort_keys=False).encode())
+        console.print(f"best: {best.value:.5g} in trial {best.number}, {best.settings}")
+    console.print(str(path), soft_wrap=True)
+
+
 def reproduce(
     name: str,
     seeds: list[int] | None = None,
@@ -720,6 +812,7 @@ COMMANDS: dict[str, Any] = {
     "mbpo": mbpo,
     "pets": pets,
     "offline": offline,
+    "sweep": sweep,
     "reproduce": reproduce,
     "list": list_all,
 }
@@ -730,7 +823,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _with_presets(list(sys.argv[1:] if arguments is None else arguments))
     try:
         jsonargparse.auto_cli(COMMANDS, args=given, prog="learneddyn")
-    except (ValueError, OSError, LookupError, RuntimeError, FloatingPointError, gym.error.Error) as error:
+    except (ValueError, OSError, LookupError, RuntimeError, ArithmeticError, ImportError, gym.error.Error) as error:
         told = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"learneddyn: {type(error).__name__}: {told}", file=sys.stderr)
         raise SystemExit(1) from error
@@ -936,6 +1029,10 @@ def _offline_data(dataset: list[str], label_actions: bool, seed: int) -> Transit
     return learners.semi_supervised(dataset, rng=generator(seed)).data
 
 
+def _known_task(real_id: str) -> dict[str, Any]:
+    return {"task": tasks.get(real_id)} if real_id in tasks.names() else {}
+
+
 def _offline_agent(
     kind: type[learners.OfflineAlgorithm],
     data: Transitions,
@@ -948,8 +1045,7 @@ def _offline_agent(
     given = {name: _instance(value) for name, value in kwargs.items()}
     if model is not None:
         given["model"] = type(model)(**model.config())
-    known: dict[str, Any] = {"task": task} if task in tasks.names() else {}
-    return kind("MlpPolicy", data, **known | {"seed": seed, "device": device} | given)
+    return kind("MlpPolicy", data, **_known_task(task) | {"seed": seed, "device": device} | given)
 
 
 def _instance(value: Any) -> Any:
@@ -974,12 +1070,56 @@ def _one_offline(
 ) -> Outcome:
     """Learn with one seed; runs in a process of its own."""
     data = source(seed)
-    known = {"task": tasks.get(real_id)} if real_id in tasks.names() else {}
     make = partial(_offline_agent, kind, data, real_id, model, kwargs, device, seed)
-    again = partial(kind.load, data=data, device=device, **known)
+    again = partial(kind.load, data=data, device=device, **_known_task(real_id))
     return learn_offline(
         make, again, real_id, folder / f"seed-{seed}", seed=seed, device=device, notify=notify, **asked
     )
+
+
+def planned(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run with those of a trial put in; a model has no more elites than members."""
+    plan: dict[str, Any] = json.loads(json.dumps(base))
+    for name, value in settings.items():
+        place, *path = name.split(".")
+        if not path:
+            plan[place] = value
+            continue
+        if plan[place] is None:
+            raise ValueError(f"the space holds {name!r}, but there is no {place}: give its class with --{place}")
+        inner = plan[place]["config"] if place == "model" else plan[place]
+        for step in path[:-1]:
+            inner = inner.setdefault(step, {})
+        inner[path[-1]] = value
+    if plan["model"] and "num_members" in (config := plan["model"]["config"]):
+        config["num_elites"] = min(config["num_elites"], config["num_members"])
+    return plan
+
+
+def _sweep_trial(
+    base: dict[str, Any],
+    objective: str,
+    seeds: list[int],
+    save_every: int,
+    device: str,
+    judge: Path,
+    settings: dict[str, Any],
+    folder: Path,
+) -> float:
+    """Learn with every seed and return the mean of the objective; runs in a process of its own."""
+    plan, kind, judged = planned(base, settings), _learner(base["agent"]), objectives.objective(objective)
+    log, held_out = objectives.split_log(load(base["dataset"], device=device))
+    model, real_id = plan["model"] and _instance({"class_path": plan["model"]["class"],
+                                                  "init_args": plan["model"]["config"]}), base["env_id"]  # fmt: skip
+    values = []
+    for seed in seeds:
+        make = partial(_offline_agent, kind, log, real_id, model, plan["agent_kwargs"], device, seed)
+        again = partial(kind.load, data=log, device=device, **_known_task(real_id))
+        home = folder / f"seed-{seed}"
+        learned = train_offline(make, again, home, updates=plan["updates"], save_every=save_every)
+        assert isinstance(learned, learners.OfflineAlgorithm)
+        values.append(judged(objectives.Judgement(learned, log, held_out, judge, real_id, seed)))
+    return sum(values) / len(values)
 
 
 def _weight_notes(kind: type[learners.OfflineAlgorithm], kwargs: dict[str, Any]) -> list[str]:
