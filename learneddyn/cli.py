@@ -564,8 +564,9 @@ def pets(
     settings = {"env_id": env_id, "env_kwargs": env_kwargs, "steps": steps, "seeds": chosen} | arguments | parts
     make = partial(_trial_agent, model, planner, arguments, device)
     with closing(gym.make(env_id, **env_kwargs or {})) as env:
-        make(chosen[0], env)
+        asked = make(chosen[0], env).work(steps)
     folder = RunFolder(out, settings, resume=resume)
+    console.print(f"each seed: {steps} real steps, {asked['planned_steps']:.3g} planned_steps")
     work = partial(_one_pets, make, env_id, folder.path, steps, env_kwargs, device)
     played = for_each_seed(work, chosen, workers=workers, progress=progress)
     table = Table(title=f"PETS in {env_id}: return of every trial")
@@ -610,7 +611,7 @@ def offline(
         out: run folder; report.md and curve.png show the result.
         updates: gradient updates in all.
         model: class path and arguments of the dynamics model, for learners that have one.
-        agent_kwargs: for the learner's constructor; {class_path: ..., init_args: ...} makes an object of a class.
+        agent_kwargs: for the learner's constructor; {class: ..., config: {...}} makes an object of a class.
         label_actions: fill in actions that the data lack by inverse dynamics first (SS-ORL).
         env_kwargs: arguments of the environment.
         protocol: last reports the last policy; best reports the checkpoint that the real environment likes best.
@@ -1049,11 +1050,11 @@ def _offline_agent(
 
 
 def _instance(value: Any) -> Any:
-    """Return an object for a dictionary of class_path and init_args, anything else as it is."""
-    if not (isinstance(value, dict) and "class_path" in value):
+    """Return an object for a dictionary of its class and config, anything else as it is."""
+    if not (isinstance(value, dict) and set(value) == {"class", "config"}):
         return value
-    module, _, name = value["class_path"].rpartition(".")
-    return getattr(import_module(module), name)(**value.get("init_args", {}))
+    module, _, name = value["class"].rpartition(".")
+    return getattr(import_module(module), name)(**value["config"])
 
 
 def _one_offline(
@@ -1109,9 +1110,7 @@ def _sweep_trial(
     """Learn with every seed and return the mean of the objective; runs in a process of its own."""
     plan, kind, judged = planned(base, settings), _learner(base["agent"]), objectives.objective(objective)
     log, held_out = objectives.split_log(load(base["dataset"], device=device))
-    model, real_id = plan["model"] and _instance({"class_path": plan["model"]["class"],
-                                                  "init_args": plan["model"]["config"]}), base["env_id"]  # fmt: skip
-    values = []
+    model, real_id, values = _instance(plan["model"]), base["env_id"], []
     for seed in seeds:
         make = partial(_offline_agent, kind, log, real_id, model, plan["agent_kwargs"], device, seed)
         again = partial(kind.load, data=log, device=device, **_known_task(real_id))
@@ -1132,7 +1131,9 @@ def _weight_notes(kind: type[learners.OfflineAlgorithm], kwargs: dict[str, Any])
                 parts.append((name, parameter.default))
     found = {name: (kwargs.get(name, default), name in kwargs) for name, default in parts}
     said = [f"{name} = {value} ({'given' if given else 'default'})" for name, (value, given) in found.items() if value]
-    return [f"Weights of pessimism, fixed beforehand: {', '.join(said)}."] if said else []
+    ruled = ["A weight that is a rule was worked out on the log: `imagined/penalty_weight` below."]
+    notes = [f"Weights of pessimism, fixed beforehand: {', '.join(said)}."] if said else []
+    return notes + (ruled if any(isinstance(value, str) for value, _ in found.values()) else [])
 
 
 def _print_rounds(results: dict[int, list[Round]]) -> None:

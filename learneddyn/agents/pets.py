@@ -207,6 +207,9 @@ class PETS(BaseAlgorithm):
         """
         if self.env is None:
             raise ValueError("this agent has no environment to learn in: load it with one, or call set_env(env)")
+        if self.verbose:
+            asked = ", ".join(f"{number:.3g} {name}" for name, number in self.work(total_timesteps).items())
+            print(f"{total_timesteps} real steps ask for {asked} at most")
         self._last_obs = np.empty(0)  # `_trial` resets the environment itself
         total, callbacks = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         callbacks.on_training_start(locals(), globals())
@@ -221,6 +224,11 @@ class PETS(BaseAlgorithm):
                 self.dump_logs()
         callbacks.on_training_end()
         return self
+
+    def work(self, total_timesteps: int) -> dict[str, int]:
+        """Return what learning for so many real steps asks for, at most: steps of one network inside plans."""
+        each = self.planner.sequences * self.planner.horizon * self.particles
+        return {"planned_steps": each * total_timesteps}
 
     def refit(self) -> None:
         """Fit the model on all real transitions, and plan in it from now on.

@@ -249,6 +249,13 @@ def test_defaults_are_the_sources():
     assert (needy.learn_reward, needy.learn_termination) == (True, True)
 
 
+def test_what_learning_asks_for_is_told(capsys):
+    pets = agent(verbose=1)  # 10 plans and 1 kept one, of 3 steps and 2 particles
+    assert pets.work(100) == {"planned_steps": 100 * 11 * 3 * 2}
+    pets.learn(2)
+    assert "2 real steps ask for 132 planned_steps at most" in capsys.readouterr().out
+
+
 def test_an_environment_of_nothing_but_terminations_is_learned_from():
     gym.register("test/Over-v0", Drift, max_episode_steps=STEPS, kwargs={"terminal": True})
     try:
