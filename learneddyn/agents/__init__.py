@@ -10,6 +10,8 @@ from learneddyn.agents.mbpo import MBPO, DynaCrossQ, DynaTD3, DynaTQC
 from learneddyn.agents.mpc import MPC
 from learneddyn.agents.pets import PETS
 from learneddyn.agents.sac import FastSAC
+from learneddyn.agents.sindy_rl import SINDyRL
+from learneddyn.agents.sparse_policy import SparsePolicy, distil
 
 __all__ = [
     "IWOCS",
@@ -29,7 +31,10 @@ __all__ = [
     "FastSAC",
     "GradientPenalty",
     "RobustPolicy",
+    "SINDyRL",
+    "SparsePolicy",
     "SpectralCap",
+    "distil",
     "load_checkpoint",
     "save_checkpoint",
 ]

@@ -21,8 +21,10 @@ _BLOCK = 131_072  # numbers in the rows of a block
 class PolynomialLibrary(nn.Module):
     """[monomials of the coordinates up to ``degree``, action, and, with ``products``, every monomial times an action].
 
-    Coordinates are the observation columns, those in ``angles`` as cosine and sine. A term is the tuple of its factors:
-    0 the constant, then the coordinates (plain columns, cosines, sines), then the actions.
+    Coordinates are the observation columns, those in ``angles`` as cosine and sine. Terms with the square of a sine, of
+    an angle or of a pair in ``unit_pairs``, are left out where sin^2 = 1 - cos^2 makes others of them that are there: no
+    regression could tell them apart. A term is the tuple of its factors: 0 the constant, then the coordinates (plain
+    columns, cosines, sines), then the actions.
 
     Args:
         obs_dim: observation columns.
@@ -32,9 +34,10 @@ class PolynomialLibrary(nn.Module):
         products: monomials times actions.
         bias: a constant term.
         angles: observation columns in radians.
+        unit_pairs: pairs of observation columns (cosine, sine).
 
     Raises:
-        ValueError: a degree below 1, or an angle that is no observation column.
+        ValueError: a degree below 1, or an angle or a pair that names no observation column.
     """
 
     factors: Tensor
@@ -49,12 +52,15 @@ class PolynomialLibrary(nn.Module):
         products: bool = True,
         bias: bool = False,
         angles: Sequence[int] = (),
+        unit_pairs: Sequence[Sequence[int]] = (),
     ) -> None:
         super().__init__()
         if degree < 1:
             raise ValueError(f"degree must be at least 1, got {degree!r}")
         if any(not 0 <= column < obs_dim for column in angles):
             raise ValueError(f"angles must name observation columns 0 to {obs_dim - 1}, got {list(angles)}")
+        if any(len(pair) != 2 or not set(pair) <= set(range(obs_dim)) - set(angles) for pair in unit_pairs):
+            raise ValueError(f"unit_pairs must be (cosine, sine) among columns 0 to {obs_dim - 1}, got {unit_pairs}")
         self.obs_dim, self.action_dim, self.angles = obs_dim, action_dim, list(angles)
         self.plain = [column for column in range(obs_dim) if column not in self.angles]
         self.coordinates = obs_dim + len(self.angles)
@@ -66,7 +72,11 @@ class PolynomialLibrary(nn.Module):
         ]
         inputs = range(self.coordinates + 1, self.coordinates + action_dim + 1)
         both = [(*factors, u) for u in inputs for factors in monomials] if products else []
-        self.terms: list[tuple[int, ...]] = [(0,)] * bias + monomials + [(u,) for u in inputs] + both
+        every = [(0,)] * bias + monomials + [(u,) for u in inputs] + both
+        cosines = range(1 + len(self.plain), 1 + obs_dim)
+        pairs = [(row, row + len(self.angles)) for row in cosines]
+        pairs += [(1 + self.plain.index(cosine), 1 + self.plain.index(sine)) for cosine, sine in unit_pairs]
+        self.terms: list[tuple[int, ...]] = [one for one in every if not _redundant(one, pairs, set(every))]
         width = max(map(len, self.terms))
         # Row 0 is the constant: it fills the terms that have fewer factors than others.
         padded = [[*term, *[0] * (width - len(term))] for term in self.terms]
@@ -212,6 +222,18 @@ class _Memory(threading.local):
                 views = [(rows[of : of + n], rows[by], rows[at : at + n]) for at, n, of, by in self._stretches]
             found = self._kept[lanes] = rows, list(rows), views
         return found
+
+
+def _redundant(term: tuple[int, ...], pairs: Sequence[tuple[int, int]], terms: set[tuple[int, ...]]) -> bool:
+    """Tell whether sin^2 = 1 - cos^2 makes two other terms of this one; ``pairs`` are (cosine, sine)."""
+    for cosine, sine in pairs:
+        if term.count(sine) >= 2:
+            rest = list(term)
+            rest.remove(sine)
+            rest.remove(sine)
+            if (tuple(rest) or (0,)) in terms and tuple(sorted([*rest, cosine, cosine])) in terms:
+                return True
+    return False
 
 
 def _parts(term: tuple[int, ...], coordinates: int) -> tuple[int, tuple[int, ...]]:

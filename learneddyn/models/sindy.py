@@ -48,6 +48,7 @@ class SINDy(AbstractRegression):
         threshold: coefficients below it are dropped.
         ridge: L2 factor inside the thresholding; what survives is fitted again without it.
         angles: observation columns in radians.
+        unit_pairs: pairs of observation columns (cosine, sine), whose redundant terms are left out too.
         domain: (column, low, high): transitions that begin or end with that column outside are not learned from. A
             polynomial cannot know the end of a rail, and one that tries is wrong everywhere.
         learn_reward: add a reward head.
@@ -70,6 +71,7 @@ class SINDy(AbstractRegression):
         threshold: float = 1e-3,
         ridge: float = 1e-5,
         angles: Sequence[int] = (),
+        unit_pairs: Sequence[Sequence[int]] = (),
         domain: Sequence[Sequence[int | float]] = (),
         learn_reward: bool = False,
         holdout_ratio: float = 0.2,
@@ -88,6 +90,7 @@ class SINDy(AbstractRegression):
         self.degree, self.interactions, self.products, self.bias = degree, interactions, products, bias
         self.target, self.bootstraps, self.dropped, self.aggregate = target, bootstraps, dropped, aggregate
         self.threshold, self.ridge, self.angles = threshold, ridge, list(angles)
+        self.unit_pairs = [list(pair) for pair in unit_pairs]
         self.domain: list[tuple[int, float, float]] = [(int(i), float(low), float(high)) for i, low, high in domain]
         self.learn_reward, self.holdout_ratio = learn_reward, holdout_ratio
         self.num_members = bootstraps if aggregate is None else 1
@@ -102,6 +105,7 @@ class SINDy(AbstractRegression):
             products=self.products,
             bias=self.bias,
             angles=self.angles,
+            unit_pairs=self.unit_pairs,
         )
         self._evaluators: dict[str, tuple[tuple[Any, ...], Evaluator]] = {}
         self._relative = list(range(o)) if self.target == "change" else self.angles

@@ -127,7 +127,7 @@ def test_one_seed_is_one_agent_and_a_loaded_one_learns_on(kind, tmp_path):
 
 
 def test_all_are_walked_through():
-    assert {"MBPO", "COPlanner", "DynaTD3", "DynaTQC", "DynaCrossQ", "FastSAC", "PETS", "IWOCS"} <= {
+    assert {"MBPO", "COPlanner", "DynaTD3", "DynaTQC", "DynaCrossQ", "FastSAC", "PETS", "IWOCS", "SINDyRL"} <= {
         kind.__name__ for kind in LEARNERS
     }
     assert {kind.__name__ for kind in MIXINS} == {"Dyna", "UPMPC"}

@@ -49,6 +49,23 @@ def test_the_library_counts_as_the_papers(o, a, arguments, terms):
     assert model.library(data.obs, data.action).shape[1] == terms == len(set(model.term_names()))
 
 
+def test_terms_that_the_unit_circle_makes_redundant_are_left_out():
+    names = PolynomialLibrary(2, 1, degree=3, angles=[1]).names(["x", "q", "u"])
+    doubled = {name for name in names if name.count("sin(q)") >= 2}
+    assert doubled == {"sin(q) sin(q)"}  # without a constant the square itself is needed
+    assert len(PolynomialLibrary(2, 1, degree=3, angles=[1], bias=True)) == len(names)
+    # What is left is independent.
+    rng = generator(0)
+    x, u = (3 * torch.randn(500, width, generator=rng).double() for width in (2, 1))
+    theta = PolynomialLibrary(2, 1, degree=3, angles=[1])(x, u)
+    assert torch.linalg.matrix_rank(theta) == len(names)
+    # Pairs of observation columns on the circle are the same to it.
+    pairs = PolynomialLibrary(3, 1, degree=3, unit_pairs=[(1, 2)]).names(["x", "cos(q)", "sin(q)", "u"])
+    assert pairs == names
+    with pytest.raises(ValueError, match="unit_pairs must be"):
+        PolynomialLibrary(2, 1, unit_pairs=[(1, 2)])
+
+
 def test_terms_are_what_their_names_say():
     model = SINDy(degree=3, angles=[1], bias=True, bootstraps=1)
     data = polynomial(200)
