@@ -6,10 +6,13 @@ from learneddyn.models.ensemble import ProbabilisticEnsemble
 from learneddyn.models.hybrid import Hybrid
 from learneddyn.models.hypercrl import HyperCRL
 from learneddyn.models.inverse import InverseDynamics
+from learneddyn.models.kinematic import KinematicBicycle
 from learneddyn.models.koopman import Koopman
+from learneddyn.models.mixture import MixER
 from learneddyn.models.multi_head import MultiHead
 from learneddyn.models.plrnn import PLRNN
 from learneddyn.models.sindy import SINDy
+from learneddyn.models.sparse_relu import SparseReLU
 from learneddyn.models.weighting import distance_weights, value_weights
 
 __all__ = [
@@ -21,11 +24,14 @@ __all__ = [
     "Hybrid",
     "HyperCRL",
     "InverseDynamics",
+    "KinematicBicycle",
     "Koopman",
+    "MixER",
     "ModelFileError",
     "MultiHead",
     "ProbabilisticEnsemble",
     "SINDy",
+    "SparseReLU",
     "blueprint",
     "distance_weights",
     "from_blueprint",

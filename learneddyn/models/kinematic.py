@@ -70,10 +70,11 @@ def displacement(
     """Return exact means and variances of v cos h and v sin h."""
     shrunk = (-0.5 * heading_var).exp()
     mean = torch.stack([heading.cos(), heading.sin()], dim=1) * shrunk[:, None]
-    double = (2 * heading).cos() * (-2 * heading_var).exp()
-    square = 0.5 * torch.stack([1 + double, 1 - double], dim=1)
-    v, var = speed[:, None], speed_var[:, None]
-    return Displacement(v * mean, (v.square() + var) * square - (v * mean).square())
+    double = (2 * heading).cos() * (-heading_var).exp()
+    # Var(cos h), and of sin h, as a product: the difference of squares would lose a small variance to rounding.
+    var = -0.5 * (-heading_var).expm1()[:, None] * torch.stack([1 - double, 1 + double], dim=1)
+    v = speed[:, None]
+    return Displacement(v * mean, v.square() * var + speed_var[:, None] * (mean.square() + var))
 
 
 def propagate(belief: Belief, inputs: LowLevel, *, dt: float, wheelbase: float, cov: str = "full") -> Belief:
@@ -116,8 +117,8 @@ def propagate(belief: Belief, inputs: LowLevel, *, dt: float, wheelbase: float, 
         var = p.diagonal(dim1=1, dim2=2)
         moved, spread = displacement(v, var[:, SPEED], h, var[:, HEADING])
         turned = v * tangent
-        square = tangent.square() + d_var * slope.square()
-        turned_var = (v.square() + var[:, SPEED]) * square - turned.square()
+        bent = d_var * slope.square()
+        turned_var = v.square() * bent + var[:, SPEED] * (tangent.square() + bent)
         added = torch.cat([dt**2 * spread, (dt**2 * a_var)[:, None], (turn**2 * turned_var)[:, None]], dim=1)
         covariance = torch.diag_embed(var + added)
     change = torch.cat([dt * moved, (dt * a)[:, None], (turn * turned)[:, None]], dim=1)

@@ -30,17 +30,18 @@ class MixER(AbstractRegression):
     The members of the model are the environments it was fitted on: `predict` answers for each, and a World with the
     sampler ``tsinf`` plays every lane in an environment of its own. Experts see observation, action and context, and
     begin equal; contexts begin at zero. Contexts and experts learn by gradient, each environment through its expert
-    only. The gate does not: every ``gate_every`` updates the contexts are clustered (k-means, L1 distance, centres
-    kept from the last time), every cluster gets the expert that fits it best (one to one, median loss), and the
-    gate ``softmax(W [context, 1])`` is a least-squares fit to that. A clustering that has an empty cluster or has not
-    converged changes nothing.
+    only. The gate does not: every ``gate_every`` updates the contexts are clustered (k-means with L1 distances), every
+    cluster gets the expert that fits it best (one to one, median loss), and the gate ``softmax(W [context, 1])`` is a
+    least-squares fit to that. Where no clustering converges with contexts in every cluster, the gate stays as it is.
 
     Rows belong to environments by episode: environment i holds the next ``environments[i]`` episodes of the data, in
     their order; an integer deals the episodes evenly. The source reports that with much data of closely related
     systems a single network with contexts is better; `experts=1` is that network.
 
     Deviations: contexts and experts learn together, where the source alternates between them with proximal terms; the
-    loss is of one step, where the source integrates an ODE; the assignment is optimal, where its code is greedy.
+    loss is of one step, where the source integrates an ODE; the assignment is optimal, where its code is greedy; and
+    k-means begins at the last centres, as there, and also far apart from every context in turn, and keeps the tightest
+    clustering: from the last centres alone, early mistakes of routing stayed to the end.
 
     Args:
         environments: number of environments, or of each one's episodes.
@@ -233,18 +234,23 @@ class MixER(AbstractRegression):
 
     def _clusters(self) -> Int[Tensor, " e"] | None:
         """Return the cluster of every context; None where one is empty or the centres still move."""
-        centres = self.centres
+        centres = torch.cat([self.centres[None], _far_apart(self.contexts, self.experts)])
         for _ in range(_KMEANS):
-            cluster = torch.cdist(self.contexts, centres, p=1).argmin(dim=1)
-            share = nn.functional.one_hot(cluster, self.experts).to(centres)
-            size = share.sum(dim=0)
-            moved = torch.where(size[:, None] > 0, share.T @ self.contexts / size.clamp_min(1)[:, None], centres)
-            still = bool((moved - centres).abs().amax() < _TOLERANCE)
+            distance = torch.cdist(self.contexts, centres, p=1)
+            share = nn.functional.one_hot(distance.argmin(dim=2), self.experts).to(centres)
+            size = share.sum(dim=1)[:, :, None]
+            moved = torch.where(size > 0, share.mT @ self.contexts / size.clamp_min(1), centres)
+            movement = (moved - centres).abs().amax(dim=(1, 2))
             centres = moved
-            if still:
+            if bool((movement < _TOLERANCE).all()):
                 break
-        self.centres.copy_(centres)
-        return cluster if still and bool((size > 0).all()) else None
+        usable = (movement < _TOLERANCE) & (size > 0).all(dim=(1, 2))
+        if not bool(usable.any()):
+            return None
+        spread = distance.amin(dim=2).sum(dim=1).where(usable, torch.inf)
+        best = spread.argmin()
+        self.centres.copy_(centres[best])
+        return distance[best].argmin(dim=1)
 
     @torch.no_grad()
     def _measure(self, data: Transitions, rows: Bool[Tensor, " n"]) -> dict[str, float]:
@@ -350,6 +356,17 @@ class _Table:
         share = torch.rand(len(self._count), rows, generator=rng, device=rng.device)
         index = self._first[:, None] + (share * self._count[:, None]).long().clamp_max(self._count[:, None] - 1)
         return [column[index] for column in self._columns]
+
+
+def _far_apart(points: Float[Tensor, "e c"], count: int) -> Float[Tensor, "e m c"]:
+    """Return, from every point, ``count`` points that each stand farthest from those before."""
+    distance = torch.cdist(points, points, p=1)
+    chosen = [torch.arange(len(points), device=points.device)]
+    nearest = distance
+    while len(chosen) < count:
+        chosen.append(nearest.argmax(dim=1))
+        nearest = torch.minimum(nearest, distance[chosen[-1]])
+    return points[torch.stack(chosen, dim=1)]
 
 
 def _assigned(losses: Float[Tensor, "k m"]) -> Int[Tensor, " k"]:

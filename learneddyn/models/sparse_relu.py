@@ -4,6 +4,7 @@ Source: Liu, Zhou, He, Marcucci, Fei-Fei, Wu, Li, "Model-Based Control with Spar
 `learneddyn.planners.MILP` solves the program that `SparseReLU.cascade` describes.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -21,7 +22,7 @@ RELU, IDENTITY, ZERO = range(3)
 """What a hidden unit does with its input."""
 _DENSE, _SPARSE = 0.2, 0.6
 """Shares of the updates after which gates begin to be drawn, and after which they are fixed."""
-_GROWTH = 3e3
+_GROWTH = 1e3
 """Factor by which the pressure would grow in all, were the number of ReLUs never reached."""
 
 
@@ -43,7 +44,7 @@ class SparseReLU(AbstractRegression):
         horizon: steps predicted open loop in training, or the longest episode's where that is shorter.
         updates: of training.
         batch_size: windows per update.
-        learning_rate: of Adam for the weights; falls to zero by a cosine.
+        learning_rate: of Adam for the weights; falls to zero by a cosine once the kinds are fixed.
         gate_learning_rate: of Adam for the logits; several times that of the weights.
         temperature: of the softmax; below 0.3 the gradient through it is too noisy.
         pressure: first weight of the expected number of ReLUs.
@@ -61,12 +62,12 @@ class SparseReLU(AbstractRegression):
         hidden: Sequence[int] = (32, 32),
         relus: int | None = 8,
         horizon: int = 5,
-        updates: int = 4000,
+        updates: int = 2000,
         batch_size: int = 128,
-        learning_rate: float = 2e-3,
-        gate_learning_rate: float = 1e-2,
+        learning_rate: float = 5e-3,
+        gate_learning_rate: float = 2e-2,
         temperature: float = 0.5,
-        pressure: float = 1e-5,
+        pressure: float = 1e-3,
         learn_reward: bool = False,
         holdout_ratio: float = 0.1,
     ) -> None:
@@ -170,7 +171,7 @@ class SparseReLU(AbstractRegression):
         target = torch.cat([train.next_obs, train.reward[:, None]], dim=1)
         weights = torch.optim.Adam([*self.weights, *self.biases], self.learning_rate)
         gates = torch.optim.Adam([self.logits], self.gate_learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(weights, self.updates)
+        schedule = torch.optim.lr_scheduler.LambdaLR(weights, self._rate)
         begin, fix = (self.updates if self.relus is None else int(share * self.updates) for share in (_DENSE, _SPARSE))
         pressure, growth, history = self.pressure, _GROWTH ** (1 / max(1, fix - begin)), []
         bar = tqdm(range(self.updates), desc="SparseReLU", disable=not progress)
@@ -197,6 +198,10 @@ class SparseReLU(AbstractRegression):
                 history.append({"epoch": update + 1.0} | entry)
                 bar.set_postfix(entry)
         return history
+
+    def _rate(self, update: int) -> float:
+        """Return the share of the learning rate: full until the kinds are fixed, then falling to zero by a cosine."""
+        return 0.5 * (1 + math.cos(math.pi * max(0.0, (update / self.updates - _SPARSE) / (1 - _SPARSE))))
 
     def _standardise(self, train: Transitions) -> None:
         inputs, change = torch.cat([train.obs, train.action], dim=1), train.next_obs - train.obs
