@@ -159,7 +159,7 @@ CLAIM = Claim(
     paper="Nzoyem, Stevens, Sahota, Barton, Deakin, Towards Foundational Models for Dynamical System Reconstruction: "
     "Hierarchical Meta-Learning via Mixture of Experts, 2025",
     claim="A gate that is fitted by clustering contexts, instead of by gradient, sends every environment to the "
-    "network of its family, and the mixture predicts environments of different families better than one network with contexts.",
+    "network of its family; on different families the mixture predicts better than one network with contexts.",
     setting="Three families of 2-D systems (damped pendulum, Van der Pol, Lotka-Volterra), 6 random parameters each, "
     "200 one-step pairs per environment, 2,500 updates; the paper has up to ten families of ODEs and trajectories. The "
     "network beside it has contexts too, and as many weights as the three experts together.",
