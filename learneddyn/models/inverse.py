@@ -46,12 +46,13 @@ class InverseDynamics(AbstractModel):
     are 2 x 1024 wide, its batches 1024 rows, its rate 1e-4.
 
     Deviations: a belief's mean and deviation are those of the action itself, after the tanh (the source labels with
-    the tanh of the mean, which is the median); every state but s_t enters as the change that leads to its successor,
-    which is the same information on a better scale; actions are kept away from the ends of their box, whose inverse
+    the tanh of the mean, which is the median); a window enters as s_t, the change to s_{t+1} and, for the past, how
+    much each change differs from the one before, which is the same information on the scale that actions act on (the
+    second difference of a position whose velocity is not seen is a small part of its changes); actions are kept away from the ends of their box, whose inverse
     tanh is infinite, by ``bound``.
 
     Args:
-        past: k, past states in a window besides s_t. Before an episode's first row a slot holds 0, the mean change.
+        past: k, past states in a window besides s_t. Before an episode's first row a slot holds 0, the mean.
         num_members: pairs of networks E; each starts from its own weights and sees its own batches.
         hidden: widths of the hidden layers.
         dropout: share of hidden units dropped in training.
@@ -108,9 +109,9 @@ class InverseDynamics(AbstractModel):
         widths = [(self.past + 2) * o, *self.hidden, a]
         self.weights = nn.ParameterList(torch.zeros(nets, i, j) for i, j in pairwise(widths))
         self.biases = nn.ParameterList(torch.zeros(nets, 1, j) for j in widths[1:])
-        for name, fill in (("mean", 0.0), ("scale", 1.0)):
-            self.register_buffer(f"obs_{name}", torch.full((o,), fill))
-            self.register_buffer(f"change_{name}", torch.full((o,), fill))
+        for part in ("obs", "change", "bend"):
+            self.register_buffer(f"{part}_mean", torch.zeros(o))
+            self.register_buffer(f"{part}_scale", torch.ones(o))
         for name, side in (("low", box.low), ("high", box.high)):
             self.register_buffer(name, torch.as_tensor(np.asarray(side, np.float32).reshape(-1)))
         nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
@@ -201,21 +202,26 @@ class InverseDynamics(AbstractModel):
         return scaled.clamp(-self.bound, self.bound)
 
     def _take_scales(self, data: Transitions) -> None:
-        """Take mean and deviation of states and of their changes; columns that only round have deviation 1."""
+        """Take mean and deviation of states, changes and their differences; columns that only round have deviation 1."""
         rounding = 1e-6 * data.obs.abs().amax(0).double()
-        for name, values in (("obs", data.obs.double()), ("change", data.next_obs.double() - data.obs.double())):
-            spread = values.std(0, correction=0)
-            getattr(self, f"{name}_mean").copy_(values.mean(0))
-            getattr(self, f"{name}_scale").copy_(torch.where(spread > rounding, spread, torch.ones_like(spread)))
+        change = data.next_obs.double() - data.obs.double()
+        bend = (change[1:] - change[:-1])[data.positions()[1:] > 0]
+        for name, values in (("obs", data.obs.double()), ("change", change), ("bend", bend)):
+            if len(values):
+                spread = values.std(0, correction=0)
+                getattr(self, f"{name}_mean").copy_(values.mean(0))
+                getattr(self, f"{name}_scale").copy_(torch.where(spread > rounding, spread, torch.ones_like(spread)))
 
     def _windows(self, data: Transitions) -> Float[Tensor, "n w"]:
-        """Return inputs: s_t, the change after it, and the changes before it, the latest first, all standardised."""
+        """Return inputs, all standardised: s_t, the change after it, and by how much changes differ, latest first."""
         position, row = data.positions(), torch.arange(len(data), device=data.device)
-        change = (data.next_obs - data.obs - self.change_mean) / self.change_scale
-        slots = [(data.obs - self.obs_mean) / self.obs_scale, change]
+        change = data.next_obs - data.obs
+        slots = [(data.obs - self.obs_mean) / self.obs_scale, (change - self.change_mean) / self.change_scale]
         for back in range(1, self.past + 1):
-            # 0 is padded after standardising: the mean change, not the one that happens to be 0 in the plant's units.
-            slots.append(change[(row - back).clamp_min(0)] * (position >= back)[:, None])
+            before, after = (change[(row - lag).clamp_min(0)] for lag in (back, back - 1))
+            bend = (after - before - self.bend_mean) / self.bend_scale
+            # 0 is padded after standardising: the mean, not the value that happens to be 0 in the plant's units.
+            slots.append(bend * (position >= back)[:, None])
         return torch.cat(slots, dim=1)
 
     def _networks(
@@ -313,6 +319,8 @@ class InverseDynamics(AbstractModel):
     obs_scale: Tensor
     change_mean: Tensor
     change_scale: Tensor
+    bend_mean: Tensor
+    bend_scale: Tensor
     low: Tensor
     high: Tensor
     nodes: Tensor

@@ -76,11 +76,14 @@ def test_windows_stay_inside_their_episode(log):
     model.fit(log, rng=generator(0))
     windows = model._windows(log)
     o = log.obs.shape[1]
-    change = (log.next_obs - log.obs - model.change_mean) / model.change_scale
+    change = log.next_obs - log.obs
+    inner = log.positions()[1:] > 0
+    torch.testing.assert_close(model.bend_scale, (change[1:] - change[:-1])[inner].std(0, correction=0))
     for row in range(60):
         for back in (1, 2):
             inside = row - back >= 0 and log.episode[row - back] == log.episode[row]
-            wanted = change[row - back] if inside else torch.zeros(o)
+            bend = change[row - back + 1] - change[row - back]
+            wanted = (bend - model.bend_mean) / model.bend_scale if inside else torch.zeros(o)
             torch.testing.assert_close(windows[row, (1 + back) * o : (2 + back) * o], wanted)
     # The last row of an episode knows its successor, and a row knows nothing that comes later.
     last = int((log.episode == log.episode[0]).nonzero().max())
