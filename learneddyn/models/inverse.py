@@ -48,8 +48,8 @@ class InverseDynamics(AbstractModel):
     Deviations: a belief's mean and deviation are those of the action itself, after the tanh (the source labels with
     the tanh of the mean, which is the median); a window enters as s_t, the change to s_{t+1} and, for the past, how
     much each change differs from the one before, which is the same information on the scale that actions act on (the
-    second difference of a position whose velocity is not seen is a small part of its changes); actions are kept away from the ends of their box, whose inverse
-    tanh is infinite, by ``bound``.
+    second difference of a position whose velocity is not seen is a small part of its changes); actions are kept away
+    from the ends of their box, whose inverse tanh is infinite, by ``bound``.
 
     Args:
         past: k, past states in a window besides s_t. Before an episode's first row a slot holds 0, the mean.
@@ -202,7 +202,7 @@ class InverseDynamics(AbstractModel):
         return scaled.clamp(-self.bound, self.bound)
 
     def _take_scales(self, data: Transitions) -> None:
-        """Take mean and deviation of states, changes and their differences; columns that only round have deviation 1."""
+        """Take mean and deviation of states, changes and their differences; columns that only round get scale 1."""
         rounding = 1e-6 * data.obs.abs().amax(0).double()
         change = data.next_obs.double() - data.obs.double()
         bend = (change[1:] - change[:-1])[data.positions()[1:] > 0]
