@@ -49,7 +49,12 @@ class Proposer(nn.Module, ABC):
         self, states: Float[Tensor, "b l s"], returns: Float[Tensor, "b l"]
     ) -> tuple[Float[Tensor, "b l s"], Float[Tensor, "b l"]]:
         """Return what follows each position: state and return to go."""
-        features = self.read(states, returns)
+        return self.ahead(self.read(states, returns), states, returns)
+
+    def ahead(
+        self, features: Float[Tensor, "b l f"], states: Float[Tensor, "b l s"], returns: Float[Tensor, "b l"]
+    ) -> tuple[Float[Tensor, "b l s"], Float[Tensor, "b l"]]:
+        """Return what follows each position, given its features."""
         return states + self.state_head(features), returns + self.return_head(features)[..., 0]
 
     def loss(
@@ -137,7 +142,9 @@ class Block(nn.Module):
 
 
 class RecurrentProposer(Proposer):
-    """A gated recurrent unit on states and returns to go; a cheaper proposer.
+    """A gated recurrent unit on states and returns to go; a cheaper proposer, one step of the unit per state.
+
+    Its rollouts remember all of the history, where the transformer's forget entry by entry.
 
     Args:
         state_dim: columns of a state.
@@ -153,6 +160,21 @@ class RecurrentProposer(Proposer):
     def read(self, states: Float[Tensor, "b l s"], returns: Float[Tensor, "b l"]) -> Float[Tensor, "b l f"]:
         """Return the hidden state after each position."""
         return self.cell(torch.cat((states, returns[..., None]), 2))[0]
+
+    def roll(
+        self, states: Float[Tensor, "b c s"], returns: Float[Tensor, "b c"], count: Int[Tensor, " b"], steps: int
+    ) -> Float[Tensor, "b {steps} s"]:
+        """Return the states that follow a history; see `Proposer`."""
+        every, plan = torch.arange(len(states), device=states.device), []
+        now, left = (part[every, count - 1][:, None] for part in (states, returns))
+        features = self.read(states, returns)[every, count - 1][:, None]
+        for step in range(steps):
+            if step:
+                inputs = torch.cat((now, left[..., None]), 2)
+                features, _ = self.cell(inputs, features.transpose(0, 1).contiguous())
+            now, left = self.ahead(features, now, left)
+            plan.append(now)
+        return torch.cat(plan, 1)
 
 
 PROPOSERS = {"transformer": TransformerProposer, "gru": RecurrentProposer}

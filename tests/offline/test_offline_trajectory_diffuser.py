@@ -70,7 +70,7 @@ def test_proposers_do_not_look_ahead(kind):
 
 @pytest.mark.parametrize("kind", PROPOSERS)
 def test_rolling_out_is_feeding_back(kind):
-    """Histories of any length, side by side; the oldest entry gives way once c are there."""
+    """Histories of any length, side by side; a transformer forgets the oldest entry once c are there."""
     net, rng = proposer(kind), generator(2)
     states, returns = torch.randn(3, 4, 3, generator=rng), torch.randn(3, 4, generator=rng)
     count = torch.tensor([1, 3, 4])
@@ -78,7 +78,8 @@ def test_rolling_out_is_feeding_back(kind):
     for row in range(3):
         seen, told = states[row : row + 1, : count[row]], returns[row : row + 1, : count[row]]
         for step in range(5):
-            following, left = (part[:, -1:] for part in net(seen[:, -4:], told[:, -4:]))
+            kept = slice(-4 if kind == "transformer" else None, None)
+            following, left = (part[:, -1:] for part in net(seen[:, kept], told[:, kept]))
             torch.testing.assert_close(plan[row, step], following[0, 0], rtol=1e-4, atol=1e-5)
             seen, told = torch.cat((seen, following), 1), torch.cat((told, left), 1)
     states[0, 1:] = states[1, 3:] = 9.0  # what stands behind the count is not read
