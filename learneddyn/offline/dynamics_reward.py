@@ -4,19 +4,22 @@ The system is taken for an agent that, in the state (s, a), chooses s' so as to 
 plays the system, a discriminator 𝒟 tells its steps from logged ones:
 
     𝒟   maximises  mean_log log 𝒟(s, a, s') + mean_P log (1 - 𝒟(s, a, s')) + c mean H(𝒟),  c holds H at a target
-    P    maximises  mean logit 𝒟(s, a, s'_P) + 0.001 mean log σ_P,          after a start by maximum likelihood
+    P    maximises  mean logit 𝒟(s, a, s'_P) + w mean log σ_P,              after a start by maximum likelihood
 
 Once P is as good as the log, 𝒟 says 1/2 everywhere; the reward therefore is made of T snapshots from all of training:
 
-    l̃_t  = 2 clip((l_t - L_t) / (X_t - L_t), 0, 1) - 1        l_t: logit; X_t, L_t: its mean on logged, on P's steps
-    r^D   = -log (1 - 1/T Σ_t σ(l̃_t))                          in [0.313, 1.313]; log 2 = 0.693 where 𝒟 cannot tell
+    x_t  = (2 l_t - X_t - L_t) / (X_t - L_t)        l_t: logit; X_t, L_t: its mean on logged and on P's steps
+    l̃_t  = x_t / (1 + |x_t|)                        or, with ``clip``, x_t cut off at -1 and 1
+    r^D  = -log (1 - 1/T Σ_t σ(l̃_t))                in [0.313, 1.313]; log 2 = 0.693 half-way between X and L
 
 Source: Luo, Xu, Cao, Yu, "Reward-Consistent Dynamics Models are Strongly Generalizable for Offline Reinforcement
 Learning", 2024. Calibration, scales of state and action, and the discriminator's entropy target are those of the
 published code, which holds no training: networks, rates and numbers of updates here are our own choices.
-Deviations: the generator climbs the logit by its gradient (there: policy gradient); changes of the state are scaled by
-their own deviation, not by the state's range; the means X and L are of 4096 rows each, not of one batch; a snapshot
-that cannot tell the two apart (X <= L) counts as 1/2 everywhere.
+Deviations: the generator climbs the logit by its gradient (there: policy gradient), and is soon so good that X - L is
+tiny. w keeps it broader than the log, so that 𝒟 keeps a peak at real steps; and the calibration falls off smoothly,
+where a clip at L would make all steps worse than the generator's look alike. Changes of the state are scaled by their
+own deviation, not by the state's range; X and L are means of 4096 rows each, not of one batch; a snapshot that cannot
+tell the two apart (X <= L) counts as 1/2 everywhere.
 """
 
 import math
@@ -27,7 +30,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import softplus, softsign
 from tqdm import tqdm
 
 from learneddyn.core import DataError, Transitions, generator
@@ -44,7 +47,6 @@ LOG_STD = (-5.0, 1.0)
 """Bounds of the generator's log standard deviation, in scaled units."""
 LEAST_GAP = 1e-6  # between the mean logits of logged and generated steps, below which a snapshot knows nothing
 _CALIBRATION = 4096
-_SPREAD = 1e-3  # weight of the generator's log standard deviation
 _CONSTANT_RANGE = 1e-6  # relative to a column's largest magnitude: below it, rounding is all that changes
 _ENTRIES = 2**21  # hidden units, over rows and snapshots, that are computed at once on the CPU
 
@@ -72,6 +74,8 @@ class DynamicsReward(AbstractModel):
         learning_rate: of Adam, for both.
         entropy: target of the discriminator's mean entropy, in nats.
         entropy_learning_rate: of the logarithm of its weight c, which starts at 0.001.
+        spread: w.
+        clip: calibrate as the published code does.
 
     Raises:
         ValueError: an argument outside its range (names it, the value, what is allowed).
@@ -93,6 +97,8 @@ class DynamicsReward(AbstractModel):
         learning_rate: float = 3e-4,
         entropy: float = 0.35,
         entropy_learning_rate: float = 1e-2,
+        spread: float = 0.1,
+        clip: bool = False,
     ) -> None:
         super().__init__()
         for name, ok, value, allowed in (
@@ -102,6 +108,7 @@ class DynamicsReward(AbstractModel):
             ("generator_hidden", all(width >= 1 for width in generator_hidden), generator_hidden, "positive widths"),
             ("warm_up", warm_up >= 0, warm_up, "at least 0"),
             ("batch_size", batch_size >= 1, batch_size, "at least 1"),
+            ("spread", spread >= 0, spread, "at least 0"),
             ("entropy", 0 < entropy < math.log(2), entropy, "between 0 and log 2"),
         ):
             if not ok:
@@ -109,6 +116,7 @@ class DynamicsReward(AbstractModel):
         self.snapshots, self.updates, self.warm_up, self.batch_size = snapshots, updates, warm_up, batch_size
         self.hidden, self.generator_hidden = list(hidden), list(generator_hidden)
         self.learning_rate, self.entropy, self.entropy_learning_rate = learning_rate, entropy, entropy_learning_rate
+        self.spread, self.clip = spread, clip
 
     def _build(self, spaces: Spaces) -> None:
         columns = 2 * spaces.obs_dim + spaces.action_dim
@@ -140,9 +148,10 @@ class DynamicsReward(AbstractModel):
 
     def _belief(self, rows: Float[Tensor, "b i"]) -> Float[Tensor, " b"]:
         """Return the mean of the snapshots' calibrated probabilities that a step is real."""
-        gap = (self.expert - self.learner)[:, None]
-        place = ((self.nets(rows)[..., 0] - self.learner[:, None]) / gap.clamp_min(LEAST_GAP)).clamp(0, 1)
-        return torch.where(gap > LEAST_GAP, 2 * place - 1, 0.0).sigmoid().mean(0)
+        gap, middle = (self.expert - self.learner)[:, None], (self.expert + self.learner)[:, None] / 2
+        x = 2 * (self.nets(rows)[..., 0] - middle) / gap.clamp_min(LEAST_GAP)
+        place = x.clamp(-1, 1) if self.clip else softsign(x)
+        return torch.where(gap > LEAST_GAP, place, 0.0).sigmoid().mean(0)
 
     def _features(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> Float[Tensor, "b i"]:
         """Return scaled observation, action and change; columns that never change in the log are 0."""
@@ -263,7 +272,7 @@ class DynamicsReward(AbstractModel):
             mistake = softplus(-logit[: len(real)]).mean() + softplus(logit[len(real) :]).mean()
             descend(mistake - log_weight.detach().exp() * entropy, critic_adam)
             descend(log_weight * (entropy.detach() - self.entropy), weight_adam)
-            descend(-critic(fake).mean() - _SPREAD * (guess.log_std * moving).mean(), player_adam)
+            descend(-critic(fake).mean() - self.spread * (guess.log_std * moving).mean(), player_adam)
             if update * self.snapshots // self.updates > len(history):
                 with torch.no_grad():
                     real, given = batch(_CALIBRATION)

@@ -49,7 +49,7 @@ def model(log):
 
 @pytest.fixture(scope="module")
 def learned(log):
-    reward = DynamicsReward(snapshots=6, updates=900, hidden=(32, 32), generator_hidden=(16,), warm_up=100)
+    reward = DynamicsReward(snapshots=6, updates=600, hidden=(32, 32), generator_hidden=(16,), warm_up=100)
     reward.fit(log, rng=generator(0))
     return reward
 
@@ -84,9 +84,10 @@ class Steps:
 # --- the reward -------------------------------------------------------------------------------------------------------
 
 
-def by_hand(log, slope, expert, learner):
+def by_hand(log, slope, expert, learner, **more):
     """A reward of linear discriminators that look at the first column's change only."""
-    reward = DynamicsReward(snapshots=len(slope), updates=len(slope), hidden=(), generator_hidden=(), warm_up=0)
+    count = len(slope)
+    reward = DynamicsReward(snapshots=count, updates=count, hidden=(), generator_hidden=(), warm_up=0, **more)
     reward.fit(log, rng=generator(0))
     with torch.no_grad():
         for part in reward.nets.parameters():
@@ -99,24 +100,27 @@ def by_hand(log, slope, expert, learner):
     return reward
 
 
-def test_the_calibration_of_every_snapshot(log):
-    """A logit at the learner's mean is σ(-1), at the expert's σ(1), between them linear; beyond them it is clipped."""
-    reward = by_hand(log, [1.0, 10.0, 3.0], [1.0, 4.0, -2.0], [0.0, 2.0, 5.0])
+@pytest.mark.parametrize("clip", [True, False])
+def test_the_calibration_of_every_snapshot(log, clip):
+    """-1 at the learner's mean logit, 1 at the expert's, and between them linear: then clipped, or x / (1 + |x|)."""
     change = torch.tensor([-3.0, 0.0, 0.1, 0.25, 0.3, 0.5, 1.0, 40.0])
-    obs = torch.zeros(len(change), 3)
-    next_obs = torch.stack((change, 0 * change, 0 * change), 1)
-    found = reward(obs, torch.zeros(len(change), 2), next_obs)
-    one = 2 * change.clamp(0, 1) - 1
-    two = 2 * ((10 * change - 2) / 2).clamp(0, 1) - 1
+    zero, rest = torch.zeros(len(change), 3), torch.zeros(len(change), 2)
+    steps = zero, rest, torch.cat((change[:, None], rest), 1)
+
+    def place(x):
+        return x.clamp(-1, 1) if clip else x / (1 + x.abs())
+
+    reward = by_hand(log, [1.0, 10.0, 3.0], [1.0, 4.0, -2.0], [0.0, 2.0, 5.0], clip=clip)
+    one, two = place(2 * change - 1), place(10 * change - 3)
     blind = torch.full_like(change, 0.5)  # its expert lies below its learner: it knows nothing
-    wanted = -(1 - (one.sigmoid() + two.sigmoid() + blind) / 3).log()
-    torch.testing.assert_close(found, wanted)
-    alone = by_hand(log, [1.0], [1.0], [0.0])
-    ends = alone(obs, torch.zeros(len(change), 2), next_obs)
-    assert float(ends.min()) == pytest.approx(LEAST, abs=1e-6)
-    assert float(ends.max()) == pytest.approx(MOST, abs=1e-6)
+    torch.testing.assert_close(reward(*steps), -(1 - (one.sigmoid() + two.sigmoid() + blind) / 3).log())
+    alone = by_hand(log, [1.0], [1.0], [0.0], clip=clip)(*steps)
+    assert alone[5] == pytest.approx(math.log(2), abs=1e-6)  # half-way between the two
+    assert alone.min() >= LEAST - 1e-6
+    assert alone.max() <= MOST + 1e-6
+    assert alone.diff().gt(0).all() != clip  # only the clip loses the order of the worst and of the best
     assert pytest.approx((0.3133, 1.3133), abs=1e-4) == (LEAST, MOST)
-    lost = by_hand(log, [1.0], [0.0], [0.0])
+    lost = by_hand(log, [1.0], [0.0], [0.0], clip=clip)
     assert torch.allclose(judged(lost, log), torch.tensor(math.log(2)))
 
 
@@ -137,8 +141,8 @@ def test_all_snapshots_are_asked_at_once(learned, log, monkeypatch):
         for layer, (weight, bias) in enumerate(zip(learned.nets.weights, learned.nets.biases, strict=True)):
             x = (x if layer == 0 else x.relu()) @ weight[index] + bias[index]
         gap = learned.expert[index] - learned.learner[index]
-        place = ((x[:, 0] - learned.learner[index]) / gap).clamp(0, 1)
-        total += (2 * place - 1).sigmoid() if gap > 1e-6 else 0.5
+        x = 2 * (x[:, 0] - learned.learner[index]) / gap - 1
+        total += (x / (1 + x.abs())).sigmoid() if gap > 1e-6 else 0.5
     wanted = -(1 - total / learned.snapshots).log()
     torch.testing.assert_close(judged(learned, log), wanted, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(dynamics_reward, "_ENTRIES", 7 * learned.snapshots * 32)
