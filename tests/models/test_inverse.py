@@ -40,7 +40,7 @@ def fitted(log):
 
 @pytest.mark.parametrize(("past", "low", "high"), [(0, -0.3, 0.2), (1, 0.9, 1.0)])
 def test_past_states_reveal_a_velocity_that_nobody_sees(past, low, high):
-    model = InverseDynamics(past=past, hidden=(64, 64), learning_rate=1e-3, updates=600, patience=4)
+    model = InverseDynamics(past=past, hidden=(64, 64), learning_rate=2e-3, updates=300, check_every=100)
     model.fit(hidden_velocity(8, 0), rng=generator(0))
     for gain in (0.0, 0.3):  # in distribution, and of a controller that the labels have not seen
         other = hidden_velocity(20, 1, gain)
@@ -50,7 +50,7 @@ def test_past_states_reveal_a_velocity_that_nobody_sees(past, low, high):
 def test_pendulum_torques_follow_from_two_states():
     train, test = (collect("Pendulum-v1", steps=rows, lanes=5, seed=seed, progress=False)
                    for seed, rows in enumerate((5000, 2000)))  # fmt: skip
-    model = InverseDynamics(past=0, hidden=(64, 64), learning_rate=1e-3, dropout=0.0, updates=1000)
+    model = InverseDynamics(past=0, hidden=(64, 64), learning_rate=1e-3, dropout=0.0, updates=600)
     report = model.fit(train, rng=generator(0))
     belief = model.predict(test)
     assert r_squared(belief.mean, test.action) > 0.9

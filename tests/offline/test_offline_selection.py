@@ -125,7 +125,7 @@ def test_pendulum_policies_come_out_in_their_true_order():
     log = collect("Pendulum-v1", steps=8000, behaviour=mixture, lanes=8, progress=False)
     policies = {str(quality): Swinger(quality, 0, noise=0.0) for quality in (0.0, 0.35, 0.9)}
     real = {name: evaluate(copy.deepcopy(policy), "Pendulum-v1", episodes=6).mean for name, policy in policies.items()}
-    ranking = rank(policies, log, gamma=0.97, hidden=(32, 32), members=2, updates=800, batch_size=128, tau=0.1)
+    ranking = rank(policies, log, gamma=0.97, hidden=(32, 32), members=2, updates=500, batch_size=128, tau=0.1)
     found = {row.name: row.fqe.value for row in ranking.candidates}
     assert correlation([found[name] for name in real], list(real.values())).value == 1.0
     assert max(real, key=real.get) == ranking.best
