@@ -112,14 +112,15 @@ class SINDyRL(Dyna, FastSAC):
         """
         if self.world is None or self.task is None:
             raise ValueError("there is no policy to distil yet: call learn first")
+        world = self.make_world()  # of all real steps, those since the last fit and those of a checkpoint too
         if self.task.initial is not None:
-            starts = self.world.initial(episodes, self.rng).to(self.device)
+            starts = world.initial(episodes, self.rng)
         else:
             data = self.real_data()
             first = data.obs[data.positions() == 0]
             starts = first[torch.randint(len(first), (episodes,), generator=self.rng, device=self.device)]
         self.policy.set_training_mode(False)
-        visited = self.world.rollout(starts, self.act, self.task.max_episode_steps or 1000, self.rng).obs
+        visited = world.rollout(starts, self.act, self.task.max_episode_steps or 1000, self.rng).obs
         chosen = torch.randperm(len(visited), generator=self.rng, device=self.device)[:steps]
         student = SparsePolicy(angles=self.task.angles, unit_pairs=self.unit_pairs) if student is None else student
         return distil(self.act, visited[chosen], self.spaces, rng=self.rng, student=student, copies=copies, noise=noise)

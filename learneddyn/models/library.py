@@ -21,9 +21,9 @@ _BLOCK = 131_072  # numbers in the rows of a block
 class PolynomialLibrary(nn.Module):
     """[monomials of the coordinates up to ``degree``, action, and, with ``products``, every monomial times an action].
 
-    Coordinates are the observation columns, those in ``angles`` as cosine and sine. Terms with the square of a sine, of
-    an angle or of a pair in ``unit_pairs``, are left out where sin^2 = 1 - cos^2 makes others of them that are there: no
-    regression could tell them apart. A term is the tuple of its factors: 0 the constant, then the coordinates (plain
+    Coordinates are the observation columns, those in ``angles`` as cosine and sine. Terms with the square of a sine (of
+    an angle, or of a pair in ``unit_pairs``) are left out where sin^2 = 1 - cos^2 makes others of them that are there:
+    no regression could tell them apart. A term is the tuple of its factors: 0 the constant, then the coordinates (plain
     columns, cosines, sines), then the actions.
 
     Args:
