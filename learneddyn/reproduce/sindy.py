@@ -1,5 +1,6 @@
 """E-SINDy writes the kinematics of a cart-pole down from random steps, and finds known polynomials again."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +45,17 @@ class CartPole(Plant):
 
 def log(steps: int, seed: int, smooth: float) -> Transitions:
     """Return random steps in (x, cos, sin, speed, spin); ``smooth`` is how much of an action lives on in the next."""
-    env, rng = CartPole(), np.random.default_rng(seed)
-    rows: list[tuple[NDArray[np.float64], NDArray[np.float32], NDArray[np.float64], int]] = []
+    rng, rows = np.random.default_rng(seed), []
     action = np.zeros(1, np.float32)
-    for step in range(steps):
-        if step % EPISODE == 0:
-            obs, _ = env.reset(seed=None if step else seed)
-        drawn = rng.uniform(-1, 1, 1)
-        action = np.clip(smooth * action + (1 - smooth) * (3 if smooth else 1) * drawn, -1, 1).astype(np.float32)
-        after, *_ = env.step(action)
-        rows.append((obs, action, after, step // EPISODE))
-        obs = after
-    env.close()
+    with closing(CartPole()) as env:
+        for step in range(steps):
+            if step % EPISODE == 0:
+                obs, _ = env.reset(seed=None if step else seed)
+            drawn = rng.uniform(-1, 1, 1)
+            action = np.clip(smooth * action + (1 - smooth) * (3 if smooth else 1) * drawn, -1, 1).astype(np.float32)
+            after, *_ = env.step(action)
+            rows.append((obs, action, after, step // EPISODE))
+            obs = after
     before, actions, afters, episodes = (np.array(column) for column in zip(*rows, strict=True))
     box = gym.spaces.Box
     spaces = Spaces(box(-np.inf, np.inf, (5,), np.float32), box(-1.0, 1.0, (1,), np.float32))
