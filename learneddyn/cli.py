@@ -461,7 +461,7 @@ def mbpo(
     out: str = "runs/mbpo",
     steps: int = 100_000,
     model: AbstractDynamics | None = None,
-    algorithm: Literal["MBPO", "COPlanner", "DynaTD3", "DynaTQC", "DynaCrossQ"] = "MBPO",
+    algorithm: Literal["MBPO", "COPlanner", "DynaTD3", "DynaTQC", "DynaCrossQ", "SINDyRL"] = "MBPO",
     algorithm_kwargs: dict[str, Any] | None = None,
     env_kwargs: dict[str, Any] | None = None,
     judge_every: int = 1000,
@@ -480,7 +480,8 @@ def mbpo(
         out: run folder; curve.png shows the returns so far.
         steps: real steps in all.
         model: class path and arguments of the dynamics model, by default the paper's ensemble.
-        algorithm: MBPO learns by SAC, COPlanner too and plans its actions; the others by TD3, TQC, CrossQ.
+        algorithm: MBPO learns by SAC, COPlanner too and plans its actions, SINDyRL in a sparse model; the others by
+            TD3, TQC, CrossQ.
         algorithm_kwargs: for its constructor: those of learneddyn.agents.Dyna and of the algorithm itself.
         env_kwargs: arguments of the environment.
         judge_every: real steps between two judgements; each leaves a checkpoint.

@@ -6,10 +6,9 @@ import gymnasium as gym
 import pytest
 import yaml
 
-from learneddyn import agents, configs
+from learneddyn import agents, configs, models
 from learneddyn.agents.lipschitz import CriticRegulariser
-from learneddyn.models import ProbabilisticEnsemble
-from learneddyn.reproduce import coplanner, lipschitz, mbpo
+from learneddyn.reproduce import coplanner, lipschitz, mbpo, sindy_rl
 
 FOLDER = Path(configs.__file__).parent / "mbpo"
 MADE = {
@@ -17,8 +16,13 @@ MADE = {
     "pendulum-light": lambda env: mbpo.make("mbpo", "Pendulum-v1", 0, env),
     "pendulum-coplanner-light": lambda env: coplanner.make("COPlanner", 0, env),
     "pendulum-lipschitz-light": lambda env: lipschitz.make(lipschitz.MAIN, 0, env),
+    "cartpole-swingup-sindy-light": lambda env: sindy_rl.make("sindy", 0, env),
 }
-STEPS = {"pendulum-coplanner-light": coplanner.STEPS, "pendulum-lipschitz-light": lipschitz.STEPS}
+STEPS = {
+    "pendulum-coplanner-light": coplanner.STEPS,
+    "pendulum-lipschitz-light": lipschitz.STEPS,
+    "cartpole-swingup-sindy-light": sindy_rl.STEPS,
+}
 SETTINGS = (
     "learning_rate",
     "learning_starts",
@@ -42,7 +46,8 @@ def test_a_light_preset_is_what_its_experiment_runs(name):
     env = gym.make(preset["env_id"])
     measured = MADE[name](env)
     kind = getattr(agents, preset.get("algorithm", "MBPO"))
-    model = ProbabilisticEnsemble(**preset["model"]["init_args"])
+    model = getattr(models, preset["model"]["class_path"].removeprefix("learneddyn.models."))
+    model = model(**preset["model"]["init_args"])
     mine = kind("MlpPolicy", env, model=model, device="cpu", **preset["algorithm_kwargs"])
     assert isinstance(measured, kind)
     assert mine.dynamics.config() == measured.dynamics.config()
