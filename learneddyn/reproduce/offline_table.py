@@ -47,7 +47,7 @@ class Part:
         grades: data sets, names of `GRADES`.
         rows: transitions of each (replay: at most; it is the record of training the medium agent).
         medium: mean return at which the behaviour agent of medium and replay is stopped.
-        training: real steps that behaviour agents may take; the expert takes all.
+        training: real steps that the medium agent may take, and those that the expert takes.
         behaviour: algorithm of the behaviour agents and its arguments.
         model: arguments of the ensemble that all model-based methods share.
         updates: gradient updates by method.
@@ -61,7 +61,7 @@ class Part:
     grades: tuple[str, ...]
     rows: int
     medium: float
-    training: int
+    training: tuple[int, int]
     behaviour: Json
     model: Json
     updates: dict[str, int]
@@ -82,12 +82,12 @@ PARTS = {
         grades=GRADES,
         rows=5000,
         medium=-25.0,
-        training=10_000,
+        training=(30_000, 12_000),
         behaviour={"algorithm": "SAC", "kwargs": {"policy_kwargs": {"net_arch": [64, 64]}, "learning_starts": 500}},
         model={"num_members": 5, "num_elites": 5, "hidden": [64, 64], "scale_targets": True, "weight_decay": 1e-5}
         | {"batch_size": 64, "max_epochs": 100},
         updates={"BC": 5000, "TD3+BC": 10_000, "IQL": 10_000, "EDAC": 10_000}
-        | {"MOPO": 15_000, "MOBILE": 10_000, "RAVL": 15_000, "MOREC": 10_000},
+        | {"MOPO": 15_000, "MOBILE": 10_000, "RAVL": 15_000, "MOREC": 12_000},
         shared={"learning_rate": 1e-3, "policy_kwargs": {"net_arch": [64, 64]}, "batch_size": 128},
         imagined={"actor_learning_rate": 1e-3, "ent_coef_learning_rate": 1e-3}
         | {"rollout_every": 250, "rollout_batch": 1000, "retain": 10},
@@ -96,7 +96,9 @@ PARTS = {
             "MOPO": {"penalty": "ensemble_std", "penalty_weight": 0.1},
             "MOBILE": {"inconsistency": 0.5, "inconsistency_draws": 2},
             "RAVL": {"n_critics": 5},
+            # Rewards are negative here: a halt, worth 0, would be a way out.
             "MOREC": {"penalty": "ensemble_std", "penalty_weight": 0.1, "horizon": 25, "rollout_batch": 100}
+            | {"least_dynamics_reward": 0.0}
             | {"dynamics_reward": {"snapshots": 10, "updates": 3000, "hidden": [64, 64], "generator_hidden": [64, 64]}},
         },
     ),
@@ -105,7 +107,7 @@ PARTS = {
         grades=("medium", "replay"),
         rows=50_000,
         medium=1000.0,
-        training=500_000,
+        training=(600_000, 0),
         behaviour={
             "algorithm": "PPO",
             "kwargs": {
@@ -177,7 +179,7 @@ def _random(part: Part, ids: dict[str, str], seed: int) -> Json:
 
 def _trained(part: Part, goal: float | None, ids: dict[str, str], seed: int) -> Json:
     real_id, name, kwargs = part.task.real_id, part.behaviour["algorithm"], part.behaviour["kwargs"]
-    budget: Json = {"train_steps": part.training, "goal": goal, "algorithm_kwargs": kwargs}
+    budget: Json = {"train_steps": part.training[goal is None], "goal": goal, "algorithm_kwargs": kwargs}
     agent = train(real_id, name, seed=seed, progress=False, **budget)
     found = {}
     for grade, dataset_id in ids.items():
