@@ -27,8 +27,8 @@ GIVEN = 3
 STEPS = 100
 REFINED = (5, 20, 50)
 """Refinement steps m."""
-BATCH, PROPOSER_UPDATES, DIFFUSION_UPDATES = 64, 600, 1500
-DRAWN, TIMINGS = 256, 3
+BATCH, PROPOSER_UPDATES, DIFFUSION_UPDATES = 64, 400, 1200
+DRAWN, TIMINGS = 256, 2
 """Signals per judgement, and repetitions of each timing."""
 
 
@@ -62,11 +62,11 @@ def learned(seed: int, notify: Notify) -> tuple[RecurrentProposer, TrajectoryDif
         return data[torch.randint(SIGNALS, (BATCH,), generator=rng)]
 
     notify("proposer", 0.0)
-    optimizer = torch.optim.AdamW(proposer.parameters(), 2e-3, fused=True)
+    optimizer = torch.optim.AdamW(proposer.parameters(), 3e-3, fused=True)
     for _ in range(PROPOSER_UPDATES):
         descend(proposer.loss(batch(), nothing, known), optimizer)
     notify("diffusion", 0.3)
-    optimizer = torch.optim.AdamW(diffusion.parameters(), 1e-3, fused=True)
+    optimizer = torch.optim.AdamW(diffusion.parameters(), 2e-3, fused=True)
     for _ in range(DIFFUSION_UPDATES):
         descend(diffusion.loss(batch(), known, rng), optimizer)
     return proposer, diffusion
