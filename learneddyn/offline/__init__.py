@@ -18,9 +18,6 @@ Updates of actor and critics (`OfflineAlgorithm` holds data, nets, files and log
     `GenerativeQL` (ofql.py)        OFQL      average-velocity flow, one step    `OFQL`
       actor, eta                    DQL       diffusion of K denoising steps     `DQL`
 
-`TrajectoryDiffuser` (trajectory_diffuser.py) has no actor: it proposes a plan of states, refines it in a few denoising
-steps, and asks inverse dynamics for the action.
-
 The same update inside a learned model, `OfflineMBPO` (model_based.py), is a product of parts, each of which can be off:
 
     dynamics model   x reward transform  x selector            x critic rule           x data mix
@@ -44,6 +41,9 @@ With its own weight at 0 (RAVL: with two critics) each is MBPO, bit for bit, and
 hold both. A method of your own is another choice of parts: ``OfflineMBPO("MlpPolicy", data, penalty="ensemble_std",
 penalty_weight=2.0, n_critics=10, diversity=1.0)``; a new selector is a `learneddyn.world.Sampler`, a new penalty a
 `learneddyn.core.Penalty`.
+
+`TrajectoryDiffuser` (trajectory_diffuser.py) has no actor: it proposes a plan of states, refines it in a few denoising
+steps, and asks inverse dynamics for the action.
 
 A penalty weight "quantile:c" (weight_rule.py) carries over from one data set to another. Logs whose actions are missing
 in part or for the most part go through `semi_supervised` (ss_orl.py) first. `rank` (selection.py) chooses between
