@@ -31,6 +31,9 @@ from learneddyn.offline.generative import GenerativeActor
 from learneddyn.offline.policy import OfflinePolicy
 from learneddyn.spaces import flat_dim
 
+ROWS = 65_536
+"""Candidate actions that are generated together; more take turns, to bound memory."""
+
 
 class GenerativePolicy(OfflinePolicy):
     """A generative actor, critics, and the choice among candidate actions.
@@ -87,7 +90,11 @@ class GenerativePolicy(OfflinePolicy):
         return super()._get_constructor_parameters() | own
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Float[Tensor, "b a"]:
-        obs, count = self.columns(observation), self.candidates
+        parts = self.columns(observation).split(max(1, ROWS // self.candidates))
+        return torch.cat([self._choose(obs, deterministic) for obs in parts])
+
+    def _choose(self, obs: Float[Tensor, "b o"], deterministic: bool) -> Float[Tensor, "b a"]:
+        count = self.candidates
         rows = obs.repeat_interleave(count, 0)
         noise = self.candidate_noise.repeat(1, len(obs), 1) if deterministic else self.actor.noise(len(rows))
         actions = self.actor.at(rows, noise).clamp(-1, 1)

@@ -35,6 +35,10 @@ FLOOR = 1 / 3
 """The return to go never falls below this share of a positive target, as in the source."""
 
 
+TOGETHER = 4096
+"""Plans that are refined together; more take turns, to bound memory."""
+
+
 class Memory(NamedTuple):
     """What a policy remembers of the episodes it plays: the last c entries, the oldest first."""
 
@@ -232,6 +236,10 @@ class TrajectoryPolicy(FlatPolicy):
 
     def act(self, memory: Memory, *, deterministic: bool = False) -> Float[Tensor, "b a"]:
         """Return actions in [-1, 1] for histories."""
+        parts = zip(*(part.split(max(1, TOGETHER // self.plans)) for part in memory), strict=True)
+        return torch.cat([self._act(Memory(*part), deterministic) for part in parts])
+
+    def _act(self, memory: Memory, deterministic: bool) -> Float[Tensor, "b a"]:
         device = memory.obs.device
         plans = self.plan(memory, generator(0, device) if deterministic else None, shared_noise=deterministic)
         rows, count = plans.shape[:2]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from learneddyn.core import generator
-from learneddyn.offline import BC, DQL, OFQL, GenerativePolicy
+from learneddyn.offline import BC, DQL, OFQL, GenerativePolicy, ofql
 from learneddyn.offline.base import descend
 from learneddyn.offline.diffusion import DiffusionActor, NoiseSchedule
 from learneddyn.offline.flow import FlowActor, draw_times, mean_flow
@@ -210,7 +210,7 @@ def test_targets_take_the_best_of_several_actions(kind, log):
     torch.testing.assert_close(found, batch.reward + 0.99 * (1 - batch.terminated) * best)
 
 
-def test_candidates_are_chosen_by_value(log):
+def test_candidates_are_chosen_by_value(log, monkeypatch):
     """Greedy: the best of fixed candidates. Drawn: by the softmax of values, here one certain choice."""
     agent = OFQL("MlpPolicy", log, seed=0, **SMALL | {"policy_kwargs": {"net_arch": (16, 16), "candidates": 8}})
     policy, obs = agent.policy, log.obs[:6]
@@ -218,6 +218,8 @@ def test_candidates_are_chosen_by_value(log):
     with torch.no_grad():
         rows = policy.actor.at(obs.repeat_interleave(8, 0), policy.candidate_noise.repeat(1, 6, 1)).clamp(-1, 1)
     wanted = rows.view(6, 8, 2)[..., 0].amax(1)
+    assert np.allclose(agent.predict(obs.numpy(), deterministic=True)[0][:, 0], wanted, atol=1e-5)
+    monkeypatch.setattr(ofql, "ROWS", 17)  # candidates of two rows at once
     assert np.allclose(agent.predict(obs.numpy(), deterministic=True)[0][:, 0], wanted, atol=1e-5)
     single = OFQL("MlpPolicy", log, seed=0, **SMALL | {"policy_kwargs": {"net_arch": (16, 16), "candidates": 1}})
     many = np.stack([single.predict(obs.numpy())[0][:, 0] for _ in range(20)])

@@ -11,7 +11,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
 from learneddyn.core import DataError, Transitions, generator
-from learneddyn.offline import TrajectoryDiffuser, TrajectoryPolicy
+from learneddyn.offline import TrajectoryDiffuser, TrajectoryPolicy, trajectory_diffuser
 from learneddyn.offline.diffusion import NoiseSchedule
 from learneddyn.offline.policy import Normaliser
 from learneddyn.offline.proposer import PROPOSERS, RecurrentProposer
@@ -258,7 +258,7 @@ def test_the_return_to_go_is_kept(log):
     assert float(cost.policy._floor()) == -np.inf
 
 
-def test_the_critic_chooses_among_plans(log):
+def test_the_critic_chooses_among_plans(log, monkeypatch):
     agent = TrajectoryDiffuser("MlpPolicy", log, seed=0, **SMALL).learn(2)
     policy = agent.policy
     memory = policy.remember(log.obs[:6], None, torch.ones(6, dtype=torch.bool))
@@ -269,6 +269,8 @@ def test_the_critic_chooses_among_plans(log):
         actions = policy.actions_between(plans[:, :, 0].flatten(0, 1), plans[:, :, 1].flatten(0, 1)).view(6, 3, 2)
         policy.critic.forward = lambda rows: 1e4 * rows[None, :, 3:4]  # the first action column is all that counts
         best = actions.gather(1, actions[..., :1].argmax(1, keepdim=True).expand(6, 1, 2))[:, 0]
+        torch.testing.assert_close(policy.act(memory, deterministic=True), best)
+        monkeypatch.setattr(trajectory_diffuser, "TOGETHER", 7)  # plans of two rows at once
         torch.testing.assert_close(policy.act(memory, deterministic=True), best)
 
 
