@@ -19,7 +19,8 @@ Deviations: the generator climbs the logit by its gradient (there: policy gradie
 tiny. w keeps it broader than the log, so that 𝒟 keeps a peak at real steps; and the calibration falls off smoothly,
 where a clip at L would make all steps worse than the generator's look alike. Changes of the state are scaled by their
 own deviation, not by the state's range; X and L are means of 4096 rows each, not of one batch; a snapshot that cannot
-tell the two apart (X <= L) counts as 1/2 everywhere.
+tell the two apart (X <= L) counts as 1/2 everywhere. And T may span several games, each of a 𝒟 and a P of its own: far
+from the log one 𝒟 extrapolates by chance.
 """
 
 import math
@@ -54,8 +55,8 @@ _ENTRIES = 2**21  # hidden units, over rows and snapshots, that are computed at 
 class _Guess(NamedTuple):
     """What the generator says about scaled changes."""
 
-    mean: Float[Tensor, "b o"]
-    log_std: Float[Tensor, "b o"]
+    mean: Float[Tensor, "e b o"]
+    log_std: Float[Tensor, "e b o"]
 
 
 class DynamicsReward(AbstractModel):
@@ -65,7 +66,8 @@ class DynamicsReward(AbstractModel):
     always the same.
 
     Args:
-        snapshots: T, evenly spread over training; the published code averages 10 or 40.
+        snapshots: of each discriminator, evenly spread over training; the published code averages 10 or 40.
+        games: pairs of networks, trained side by side on rows of their own; the source has one.
         updates: of each of the two networks, at least ``snapshots``.
         hidden: widths of the discriminator's ReLU layers.
         generator_hidden: widths of the generator's.
@@ -89,6 +91,7 @@ class DynamicsReward(AbstractModel):
     def __init__(
         self,
         snapshots: int = 10,
+        games: int = 1,
         updates: int = 10_000,
         hidden: Sequence[int] = (256, 256),
         generator_hidden: Sequence[int] = (256, 256),
@@ -103,6 +106,7 @@ class DynamicsReward(AbstractModel):
         super().__init__()
         for name, ok, value, allowed in (
             ("snapshots", snapshots >= 1, snapshots, "at least 1"),
+            ("games", games >= 1, games, "at least 1"),
             ("updates", updates >= snapshots, updates, f"at least snapshots = {snapshots}"),
             ("hidden", all(width >= 1 for width in hidden), hidden, "positive widths"),
             ("generator_hidden", all(width >= 1 for width in generator_hidden), generator_hidden, "positive widths"),
@@ -113,19 +117,21 @@ class DynamicsReward(AbstractModel):
         ):
             if not ok:
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
-        self.snapshots, self.updates, self.warm_up, self.batch_size = snapshots, updates, warm_up, batch_size
+        self.snapshots, self.games, self.updates = snapshots, games, updates
+        self.warm_up, self.batch_size = warm_up, batch_size
         self.hidden, self.generator_hidden = list(hidden), list(generator_hidden)
         self.learning_rate, self.entropy, self.entropy_learning_rate = learning_rate, entropy, entropy_learning_rate
         self.spread, self.clip = spread, clip
 
     def _build(self, spaces: Spaces) -> None:
         columns = 2 * spaces.obs_dim + spaces.action_dim
-        self.nets = BatchedMLP(self.snapshots, (columns, *self.hidden, 1), rng=torch.Generator()).requires_grad_(False)
+        count = self.snapshots * self.games
+        self.nets = BatchedMLP(count, (columns, *self.hidden, 1), rng=torch.Generator()).requires_grad_(False)
         for name, size, fill in (
             ("shift", columns, 0.0),
             ("factor", columns, 1.0),
-            ("expert", self.snapshots, 0.0),
-            ("learner", self.snapshots, 0.0),
+            ("expert", count, 0.0),
+            ("learner", count, 0.0),
         ):
             self.register_buffer(name, torch.full((size,), fill))
 
@@ -142,7 +148,7 @@ class DynamicsReward(AbstractModel):
                 "this dynamics reward has not been learned: call fit(data, rng=...) or DynamicsReward.load"
             )
         rows = self._features(obs, action, next_obs)
-        together = max(1, _ENTRIES // (self.snapshots * max(self.hidden, default=1))) if rows.is_cpu else len(rows)
+        together = max(1, _ENTRIES // (len(self.expert) * max(self.hidden, default=1))) if rows.is_cpu else len(rows)
         real = torch.cat([self._belief(part) for part in rows.split(together)]) if len(rows) else rows.sum(1)
         return -torch.log1p(-real)
 
@@ -193,7 +199,7 @@ class DynamicsReward(AbstractModel):
         return FitReport(self.updates, time.perf_counter() - started, metrics, history)
 
     def thinned(self, every: int) -> "DynamicsReward":
-        """Return the reward of every so-manieth snapshot alone, the last one among them.
+        """Return the reward of every so-manieth snapshot of each game alone, the last one among them.
 
         The published code learns 400 and asks every tenth or fortieth of them.
 
@@ -202,8 +208,9 @@ class DynamicsReward(AbstractModel):
         """
         if self.spaces is None or not 1 <= every <= self.snapshots:
             raise ValueError(f"every must be 1 to snapshots = {self.snapshots} of a learned reward, got {every}")
-        kept = torch.arange(self.snapshots - 1, -1, -every, device=self.shift.device).flip(0)
-        fewer = DynamicsReward(**(self.config() | {"snapshots": len(kept)}))
+        times = torch.arange(self.snapshots - 1, -1, -every, device=self.shift.device).flip(0)
+        kept = torch.arange(len(self.expert), device=self.shift.device).view(self.snapshots, -1)[times].flatten()
+        fewer = DynamicsReward(**(self.config() | {"snapshots": len(times)}))
         fewer._build(self.spaces)
         fewer.spaces, fewer.source = self.spaces, self.source
         whole = ("shift", "factor")
@@ -234,8 +241,8 @@ class DynamicsReward(AbstractModel):
         assert self.spaces is not None
         columns, o = table.shape[1], self.spaces.obs_dim
         weights = generator(int(torch.randint(2**31, (), generator=rng, device=rng.device)))
-        critic = BatchedMLP(1, (columns, *self.hidden, 1), rng=weights).to(table.device)
-        player = BatchedMLP(1, (columns - o, *self.generator_hidden, 2 * o), rng=weights).to(table.device)
+        critic = BatchedMLP(self.games, (columns, *self.hidden, 1), rng=weights).to(table.device)
+        player = BatchedMLP(self.games, (columns - o, *self.generator_hidden, 2 * o), rng=weights).to(table.device)
         log_weight = torch.full((), math.log(1e-3), device=table.device, requires_grad=True)
         critic_adam, player_adam, weight_adam = (
             torch.optim.Adam(parameters, lr=rate, fused=True)
@@ -247,42 +254,44 @@ class DynamicsReward(AbstractModel):
         )
         moving = self.factor[-o:] != 0
 
-        def batch(rows: int) -> tuple[Float[Tensor, "b i"], Float[Tensor, "b g"]]:
-            real = table[torch.randint(len(table), (rows,), generator=rng, device=table.device)]
-            return real, real[:, :-o]
+        def batch(rows: int) -> tuple[Float[Tensor, "e b i"], Float[Tensor, "e b g"]]:
+            chosen = torch.randint(len(table), (self.games, rows), generator=rng, device=table.device)
+            return table[chosen], table[chosen][..., :-o]
 
-        def generated(given: Float[Tensor, "b g"]) -> tuple[Float[Tensor, "b i"], _Guess]:
+        def generated(given: Float[Tensor, "e b g"]) -> tuple[Float[Tensor, "e b i"], _Guess]:
             guess = _guess(player, given)
             noise = torch.randn(guess.mean.shape, generator=rng, device=table.device)
             change = torch.where(moving, guess.mean + guess.log_std.exp() * noise, 0.0)
-            return torch.cat((given, change), 1), guess
+            return torch.cat((given, change), 2), guess
 
+        # Losses are means over rows and sums over games, so that a game learns at the same rate among any number.
         for _ in range(self.warm_up):
             real, given = batch(self.batch_size)
             guess = _guess(player, given)
-            z = (real[:, -o:] - guess.mean) * (-guess.log_std).exp()
-            descend(((0.5 * z.square() + guess.log_std) * moving).sum(1).mean(), player_adam)
+            z = (real[..., -o:] - guess.mean) * (-guess.log_std).exp()
+            descend(((0.5 * z.square() + guess.log_std) * moving).sum((0, 2)).mean(), player_adam)
 
         history: list[dict[str, float]] = []
         for update in tqdm(range(1, self.updates + 1), "learn r^D", unit="update", disable=not progress, leave=False):
             real, given = batch(self.batch_size)
             fake, guess = generated(given)
-            logit = critic(torch.cat((real, fake.detach())))[0, :, 0]
+            logit = critic(torch.cat((real, fake.detach()), 1))[..., 0]
             entropy = (softplus(logit) - logit * logit.sigmoid()).mean()
-            mistake = softplus(-logit[: len(real)]).mean() + softplus(logit[len(real) :]).mean()
-            descend(mistake - log_weight.detach().exp() * entropy, critic_adam)
+            mistake = softplus(-logit[:, : self.batch_size]).mean() + softplus(logit[:, self.batch_size :]).mean()
+            descend(self.games * (mistake - log_weight.detach().exp() * entropy), critic_adam)
             descend(log_weight * (entropy.detach() - self.entropy), weight_adam)
-            descend(-critic(fake).mean() - self.spread * (guess.log_std * moving).mean(), player_adam)
+            gain = critic(fake).mean() + self.spread * (guess.log_std * moving).mean()
+            descend(-self.games * gain, player_adam)
             if update * self.snapshots // self.updates > len(history):
                 with torch.no_grad():
                     real, given = batch(_CALIBRATION)
                     fake = generated(given)[0]
-                    expert, learner = (critic(rows)[0].mean() for rows in (real, fake))
+                    expert, learner = (critic(rows)[..., 0].mean(1) for rows in (real, fake))
                 self._keep(len(history), critic, expert, learner)
                 history.append(
                     {
-                        "expert_logit": float(expert),
-                        "learner_logit": float(learner),
+                        "expert_logit": float(expert.mean()),
+                        "learner_logit": float(learner.mean()),
                         "entropy": float(entropy.detach()),
                         "entropy_weight": float(log_weight.detach().exp()),
                     }
@@ -292,18 +301,19 @@ class DynamicsReward(AbstractModel):
                         f"learning the dynamics reward diverged before update {update}: lower learning_rate (now "
                         f"{self.learning_rate})"
                     )
-        return history, fake
+        return history, fake.flatten(0, 1)
 
     @torch.no_grad()
-    def _keep(self, index: int, critic: BatchedMLP, expert: Float[Tensor, ""], learner: Float[Tensor, ""]) -> None:
-        """Store a snapshot."""
+    def _keep(self, time: int, critic: BatchedMLP, expert: Float[Tensor, " e"], learner: Float[Tensor, " e"]) -> None:
+        """Store a snapshot of every game."""
+        rows = slice(time * self.games, (time + 1) * self.games)
         for own, other in zip(self.nets.parameters(), critic.parameters(), strict=True):
-            own[index] = other[0]
-        self.expert[index], self.learner[index] = expert, learner
+            own[rows] = other
+        self.expert[rows], self.learner[rows] = expert, learner
 
 
-def _guess(player: BatchedMLP, given: Float[Tensor, "b g"]) -> _Guess:
-    mean, log_std = player(given)[0].chunk(2, 1)
+def _guess(player: BatchedMLP, given: Float[Tensor, "e b g"]) -> _Guess:
+    mean, log_std = player(given).chunk(2, 2)
     return _Guess(mean, log_std.clamp(*LOG_STD))
 
 

@@ -21,13 +21,22 @@ from learneddyn.offline import (
     dynamics_reward,
 )
 from learneddyn.offline.dynamics_reward import LEAST, MOST
+from learneddyn.offline.nets import BatchedMLP
 from learneddyn.offline.transition_filter import filter_figures, reward_above
 from learneddyn.spaces import Spaces
 from learneddyn.tasks.endless import never
 from learneddyn.testing import check_policy, check_world
 from learneddyn.world import World
 
-QUICK = {"snapshots": 3, "updates": 30, "hidden": (16,), "generator_hidden": (8,), "warm_up": 5, "batch_size": 32}
+QUICK = {
+    "snapshots": 3,
+    "games": 2,
+    "updates": 30,
+    "hidden": (16,),
+    "generator_hidden": (8,),
+    "warm_up": 5,
+    "batch_size": 32,
+}
 SMALL = {
     "policy_kwargs": {"net_arch": (16, 16)},
     "batch_size": 40,
@@ -49,7 +58,7 @@ def model(log):
 
 @pytest.fixture(scope="module")
 def learned(log):
-    reward = DynamicsReward(snapshots=6, updates=600, hidden=(32, 32), generator_hidden=(16,), warm_up=100)
+    reward = DynamicsReward(snapshots=6, games=2, updates=500, hidden=(32, 32), generator_hidden=(16,), warm_up=100)
     reward.fit(log, rng=generator(0))
     return reward
 
@@ -136,29 +145,51 @@ def test_all_snapshots_are_asked_at_once(learned, log, monkeypatch):
     """The batched net says what its nets say one after the other, in portions of any size."""
     rows = learned._features(log.obs, log.action, log.next_obs)
     total = torch.zeros(len(log))
-    for index in range(learned.snapshots):
+    for index in range(12):
         x = rows
         for layer, (weight, bias) in enumerate(zip(learned.nets.weights, learned.nets.biases, strict=True)):
             x = (x if layer == 0 else x.relu()) @ weight[index] + bias[index]
         gap = learned.expert[index] - learned.learner[index]
         x = 2 * (x[:, 0] - learned.learner[index]) / gap - 1
         total += (x / (1 + x.abs())).sigmoid() if gap > 1e-6 else 0.5
-    wanted = -(1 - total / learned.snapshots).log()
+    wanted = -(1 - total / 12).log()
     torch.testing.assert_close(judged(learned, log), wanted, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(dynamics_reward, "_ENTRIES", 7 * learned.snapshots * 32)
+    monkeypatch.setattr(dynamics_reward, "_ENTRIES", 7 * 12 * 32)
     torch.testing.assert_close(judged(learned, log), wanted, rtol=1e-4, atol=1e-5)
     assert judged(learned, log[:0]).shape == (0,)
 
 
 def test_fewer_snapshots_of_the_same_training(learned, log):
+    """Of each of the two games, which lie side by side."""
     half, last = learned.thinned(2), learned.thinned(6)
     assert (half.snapshots, last.snapshots) == (3, 1)
-    assert torch.equal(last.expert, learned.expert[-1:])
-    assert torch.equal(half.nets.weights[1], learned.nets.weights[1][1::2])
+    assert torch.equal(last.expert, learned.expert[-2:])
+    assert torch.equal(half.nets.weights[1], learned.nets.weights[1][[2, 3, 6, 7, 10, 11]])
     assert torch.equal(judged(learned.thinned(1), log), judged(learned, log))
     assert not torch.equal(judged(half, log), judged(learned, log))
     with pytest.raises(ValueError, match="every must be 1 to snapshots = 6 of a learned reward, got 7"):
         learned.thinned(7)
+
+
+def test_games_are_played_apart(log):
+    """Where the second one starts elsewhere, the first ends where it would have; the entropy's weight is shared."""
+    one, other = (DynamicsReward(**QUICK, entropy_learning_rate=0.0) for _ in range(2))
+    one.fit(log, rng=generator(0))
+    assert not torch.equal(one.nets.weights[0][0], one.nets.weights[0][1])
+    make = BatchedMLP.__init__
+
+    def elsewhere(self, count, *args, **kwargs):
+        make(self, count, *args, **kwargs)
+        with torch.no_grad():
+            for weight in self.weights:
+                weight[1] *= 0.5
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchedMLP, "__init__", elsewhere)
+        other.fit(log, rng=generator(0))
+    first, second = ((one.nets.weights[0] - other.nets.weights[0])[game::2].abs().max() for game in range(2))
+    assert first < 1e-4
+    assert second > 1e-2
 
 
 def test_it_knows_real_steps(learned, log):
@@ -267,6 +298,7 @@ def test_training_that_diverges_keeps_what_was_learned(log):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
+        ({"games": 0}, "games must be at least 1, got 0"),
         ({"snapshots": 0}, "snapshots must be at least 1, got 0"),
         ({"updates": 2}, "updates must be at least snapshots = 3, got 2"),
         ({"entropy": 0.7}, "entropy must be between 0 and log 2, got 0.7"),
