@@ -18,7 +18,7 @@ from learneddyn.runs.claims import Claim, Finding, panels
 from learneddyn.runs.seeds import Notify
 from learneddyn.world import World
 
-LENGTHS = (0.6, 0.3, 1.0)
+LENGTHS = (0.6, 1.2, 0.8)
 """Of the poles, m, in the order in which they are met."""
 STEPS = 100
 """Of an episode: 4 s."""
@@ -127,4 +127,6 @@ CLAIM = Claim(
     measure=measure,
     findings=findings,
     draw=draw,
+    notes="Poles of 0.3 m and 0.4 m, tried first on one seed, were not swung up after these few episodes by the first "
+    "model already (returns below 20), which says nothing about forgetting; so the sequence has longer ones.",
 )
