@@ -164,7 +164,7 @@ CLAIM = Claim(
     measure=measure,
     findings=findings,
     draw=draw,
-    notes="What HyperCRL keeps without data of earlier tasks, rehearsal keeps with it. EWC's published strength was set "
-    "for likelihoods and holds little where errors, and with them squared gradients, are small; the stronger one holds, "
-    "and learns later tasks less well.",
+    notes="What HyperCRL keeps without data of earlier tasks, rehearsal keeps with it. At the published strength EWC "
+    "holds little here, where errors, and with them squared gradients, are small; the stronger one holds, and learns "
+    "later tasks less well.",
 )
