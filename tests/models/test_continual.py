@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -10,8 +11,11 @@ from torch import nn
 
 import learneddyn.models
 from learneddyn.core import DataError, Task, Transitions, generator
+from learneddyn.data import collect
+from learneddyn.envs import save_world
 from learneddyn.models import AbstractContinual, HyperCRL, ModelFileError, MultiHead
 from learneddyn.models.hypercrl import Hypernetwork, adam_change
+from learneddyn.plants.variants import make_variant
 from learneddyn.testing import check_dynamics, check_world, example_transitions
 from learneddyn.world import World
 
@@ -60,6 +64,21 @@ def test_every_task_is_a_dynamics_model(method, head, systems):
 def test_a_task_opens_as_a_world(systems):
     model = trained("hypernetwork", systems, **HEADS)
     check_world(World(model.on(0), Task("Example-v0")), systems[0].obs[:6])
+
+
+def test_a_task_opens_as_an_environment(tmp_path):
+    """The sequence is MuJoCo's, the handed-out dynamics a world folder like any other."""
+    model = METHODS["hypernetwork"](updates=2)
+    for task, length in enumerate((1.0, 2.0)):
+        real = make_variant("InvertedPendulum-v5", {"pole": {"length": length}})
+        model.fit_task(task, collect(real, steps=40, progress=False), rng=generator(task))
+    save_world(tmp_path / "world", model.on(0), task="InvertedPendulum-v5")
+    env = gym.make("LearnedDyn-v0", world=str(tmp_path / "world"))
+    env.reset(seed=0)
+    obs, reward, *_ = env.step(env.action_space.sample())
+    assert np.isfinite(obs).all()
+    assert np.isfinite(reward)
+    env.close()
 
 
 @pytest.mark.parametrize("method", METHODS)
