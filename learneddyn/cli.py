@@ -741,7 +741,8 @@ def sweep(
     told_by = "the real environment chose: no result of learning offline" if objective == "real" else "no simulator"
     notes = [f"Maximised: {objective} ({told_by}), mean over the seeds {chosen}, after {updates} updates."]
     path = write_summary(folder.path, f"{kind.__name__} on {', '.join(dataset)}", notes)
-    if best := max((trial for trial in ended if trial.value is not None), key=lambda trial: trial.value, default=None):
+    if valued := [trial for trial in ended if trial.value is not None]:
+        best = max(valued, key=lambda trial: trial.value or 0.0)
         plan = planned(base, best.settings)
         plan["model"] = plan["model"] and {"class_path": plan["model"]["class"], "init_args": plan["model"]["config"]}
         write_file(folder.path / "best.yaml", yaml.safe_dump(plan, sort_keys=False).encode())

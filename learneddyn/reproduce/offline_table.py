@@ -140,7 +140,7 @@ def kind_of(method: str) -> type[offline.OfflineAlgorithm] | None:
 def measure(seed: int, home: Path, notify: Notify) -> Json:
     """Play all cells of one seed; return the returns of behaviours and methods, by task and grade."""
     total = sum(len(part.grades) * (2 + len(part.updates)) for part in PARTS.values())
-    cells, figures = Cells(home, notify, total), {}
+    cells, figures = Cells(home, notify, total), dict[str, Json]()
     for name, part in PARTS.items():
         figures[name] = {}
         for grade, behaviour in logs(part, name, seed, cells).items():

@@ -16,7 +16,7 @@ from learneddyn.core import Transitions
 from learneddyn.data import collect, save
 from learneddyn.files import replaced_folder
 from learneddyn.models import ProbabilisticEnsemble
-from learneddyn.offline import IQL, MOPO
+from learneddyn.offline import IQL, MOPO, MOREC, DynamicsReward
 from learneddyn.runs import offline
 from learneddyn.runs.offline import learn_offline, read_marks, summary
 
@@ -49,15 +49,20 @@ def mopo(data):
     return MOPO("MlpPolicy", data, model=model, **SMALL | IMAGINED)
 
 
+def morec(data):
+    model, reward = ProbabilisticEnsemble(**TINY_MODEL), DynamicsReward(snapshots=2, updates=4, hidden=(8,), warm_up=2)
+    return MOREC("MlpPolicy", data, model=model, dynamics_reward=reward, **SMALL | IMAGINED)
+
+
 def comparable(outcome) -> list:
     """All but the times, which differ from run to run, and the means over a stretch that the kill cut in two."""
     marks = [(mark.updates, mark.returns) for mark in outcome.marks]
     return [outcome.protocol, outcome.updates, outcome.returns, marks]
 
 
-@pytest.mark.parametrize("make", [iql, mopo])
+@pytest.mark.parametrize("make", [iql, mopo, morec])
 def test_a_killed_run_ends_as_if_nothing_had_happened(make, log, tmp_path, monkeypatch):
-    again = partial({iql: IQL, mopo: MOPO}[make].load, data=log)
+    again = partial({iql: IQL, mopo: MOPO, morec: MOREC}[make].load, data=log)
     play = partial(learn_offline, partial(make, log), partial(again, task=SMALL["task"]), "Pendulum-v1", **RUN)
     whole = play(tmp_path / "whole")
     assert [mark.updates for mark in whole.marks] == [20, 40, 50]
@@ -80,7 +85,9 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(make, log, tmp_path, monke
     assert comparable(resumed) == comparable(whole)
     assert play(tmp_path / "torn") == resumed
     assert {"train/critic_loss"} <= set(resumed.marks[-1].figures)
-    if make is mopo:
+    if make is morec:
+        assert {"imagined/dynamics_reward", "imagined/halted"} <= set(resumed.marks[-1].figures)
+    if make is not iql:
         assert {"imagined/uncertainty", "train/spread"} <= set(resumed.marks[-1].figures)
 
 
