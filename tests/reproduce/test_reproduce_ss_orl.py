@@ -59,7 +59,7 @@ def test_the_plant_follows_its_equations():
 
 def test_it_is_judged_on_every_seed():
     entry = {"hidden velocity": {"in, 0": 0.05, "in, 1": 0.97, "out, 0": 0.03, "out, 1": 0.96}, "r2": 0.9}
-    entry["log"] = {"trajectories": 100, "labelled trajectories": 10, "labelled rows": 200}
+    entry["log"] = {"trajectories": 100, "labelled trajectories": 10, "labelled rows": 200, "mean return": 600.0}
     entry |= dict(zip(ss_orl.NAMES, (300.0, 8000.0, 9000.0), strict=True))
     figures = {seed: copy.deepcopy(entry) for seed in range(3)}
     assert ss_orl.closed(entry) == pytest.approx(7700 / 8700)
