@@ -8,19 +8,20 @@ plays the system, a discriminator 𝒟 tells its steps from logged ones:
 
 Once P is as good as the log, 𝒟 says 1/2 everywhere; the reward therefore is made of T snapshots from all of training:
 
-    x_t  = (2 l_t - X_t - L_t) / (X_t - L_t)        l_t: logit; X_t, L_t: its mean on logged and on P's steps
-    l̃_t  = x_t / (1 + |x_t|)                        or, with ``clip``, x_t cut off at -1 and 1
-    r^D  = -log (1 - 1/T Σ_t σ(l̃_t))                in [0.313, 1.313]; log 2 = 0.693 half-way between X and L
+    x_t  = (2 l_t - X_t - L_t) / max(X_t - L_t, 2)      l_t: logit; X_t, L_t: its mean on logged and on P's steps
+    x    = 1/T Σ_t x_t
+    r^D  = -log (1 - σ(x / (1 + |x|)))                  in [0.313, 1.313]; log 2 = 0.693 half-way between X and L
 
 Source: Luo, Xu, Cao, Yu, "Reward-Consistent Dynamics Models are Strongly Generalizable for Offline Reinforcement
 Learning", 2024. Calibration, scales of state and action, and the discriminator's entropy target are those of the
 published code, which holds no training: networks, rates and numbers of updates here are our own choices.
-Deviations: the generator climbs the logit by its gradient (there: policy gradient), and is soon so good that X - L is
-tiny. w keeps it broader than the log, so that 𝒟 keeps a peak at real steps; and the calibration falls off smoothly,
-where a clip at L would make all steps worse than the generator's look alike. Changes of the state are scaled by their
-own deviation, not by the state's range; X and L are means of 4096 rows each, not of one batch; a snapshot that cannot
-tell the two apart (X <= L) counts as 1/2 everywhere. And T may span several games, each of a 𝒟 and a P of its own: far
-from the log one 𝒟 extrapolates by chance.
+Deviations: the generator climbs the logit by its gradient (there: policy gradient), and is soon so good that X and L
+nearly meet. w keeps it broader than the log, so that 𝒟 keeps a peak at real steps. The published calibration
+(``calibration="clip"``) divides by X - L alone, clips x_t at -1 and 1 and averages σ(x_t): where X - L is small, all
+steps worse than the generator's look alike, and a snapshot with X <= L (there it counts as 1/2) is noise. Ours has the
+same range and the same middle, and keeps the order. Changes of the state are scaled by their own deviation, not by the
+state's range; X and L are means of 4096 rows each, not of one batch. And T may span several games, each of a 𝒟 and a P
+of its own: far from the log one 𝒟 extrapolates by chance.
 """
 
 import math
@@ -77,7 +78,7 @@ class DynamicsReward(AbstractModel):
         entropy: target of the discriminator's mean entropy, in nats.
         entropy_learning_rate: of the logarithm of its weight c, which starts at 0.001.
         spread: w.
-        clip: calibrate as the published code does.
+        calibration: "mean" of the logits, as above, or "clip", as in the published code.
 
     Raises:
         ValueError: an argument outside its range (names it, the value, what is allowed).
@@ -101,7 +102,7 @@ class DynamicsReward(AbstractModel):
         entropy: float = 0.35,
         entropy_learning_rate: float = 1e-2,
         spread: float = 0.1,
-        clip: bool = False,
+        calibration: str = "mean",
     ) -> None:
         super().__init__()
         for name, ok, value, allowed in (
@@ -113,6 +114,7 @@ class DynamicsReward(AbstractModel):
             ("warm_up", warm_up >= 0, warm_up, "at least 0"),
             ("batch_size", batch_size >= 1, batch_size, "at least 1"),
             ("spread", spread >= 0, spread, "at least 0"),
+            ("calibration", calibration in ("mean", "clip"), calibration, "'mean' or 'clip'"),
             ("entropy", 0 < entropy < math.log(2), entropy, "between 0 and log 2"),
         ):
             if not ok:
@@ -121,7 +123,7 @@ class DynamicsReward(AbstractModel):
         self.warm_up, self.batch_size = warm_up, batch_size
         self.hidden, self.generator_hidden = list(hidden), list(generator_hidden)
         self.learning_rate, self.entropy, self.entropy_learning_rate = learning_rate, entropy, entropy_learning_rate
-        self.spread, self.clip = spread, clip
+        self.spread, self.calibration = spread, calibration
 
     def _build(self, spaces: Spaces) -> None:
         columns = 2 * spaces.obs_dim + spaces.action_dim
@@ -153,11 +155,13 @@ class DynamicsReward(AbstractModel):
         return -torch.log1p(-real)
 
     def _belief(self, rows: Float[Tensor, "b i"]) -> Float[Tensor, " b"]:
-        """Return the mean of the snapshots' calibrated probabilities that a step is real."""
+        """Return the calibrated probability that a step is real."""
         gap, middle = (self.expert - self.learner)[:, None], (self.expert + self.learner)[:, None] / 2
-        x = 2 * (self.nets(rows)[..., 0] - middle) / gap.clamp_min(LEAST_GAP)
-        place = x.clamp(-1, 1) if self.clip else softsign(x)
-        return torch.where(gap > LEAST_GAP, place, 0.0).sigmoid().mean(0)
+        excess = 2 * (self.nets(rows)[..., 0] - middle)
+        if self.calibration == "clip":
+            place = (excess / gap.clamp_min(LEAST_GAP)).clamp(-1, 1)
+            return torch.where(gap > LEAST_GAP, place, 0.0).sigmoid().mean(0)
+        return softsign((excess / gap.clamp_min(2)).mean(0)).sigmoid()
 
     def _features(self, obs: Tensor, action: Tensor, next_obs: Tensor) -> Float[Tensor, "b i"]:
         """Return scaled observation, action and change; columns that never change in the log are 0."""

@@ -109,27 +109,30 @@ def by_hand(log, slope, expert, learner, **more):
     return reward
 
 
-@pytest.mark.parametrize("clip", [True, False])
-def test_the_calibration_of_every_snapshot(log, clip):
-    """-1 at the learner's mean logit, 1 at the expert's, and between them linear: then clipped, or x / (1 + |x|)."""
-    change = torch.tensor([-3.0, 0.0, 0.1, 0.25, 0.3, 0.5, 1.0, 40.0])
-    zero, rest = torch.zeros(len(change), 3), torch.zeros(len(change), 2)
-    steps = zero, rest, torch.cat((change[:, None], rest), 1)
+CHANGE = torch.tensor([-3.0, 0.0, 0.1, 0.25, 0.3, 0.5, 1.0, 40.0])
+STEPS = torch.zeros(8, 3), torch.zeros(8, 2), torch.cat((CHANGE[:, None], torch.zeros(8, 2)), 1)
 
-    def place(x):
-        return x.clamp(-1, 1) if clip else x / (1 + x.abs())
 
-    reward = by_hand(log, [1.0, 10.0, 3.0], [1.0, 4.0, -2.0], [0.0, 2.0, 5.0], clip=clip)
-    one, two = place(2 * change - 1), place(10 * change - 3)
-    blind = torch.full_like(change, 0.5)  # its expert lies below its learner: it knows nothing
-    torch.testing.assert_close(reward(*steps), -(1 - (one.sigmoid() + two.sigmoid() + blind) / 3).log())
-    alone = by_hand(log, [1.0], [1.0], [0.0], clip=clip)(*steps)
-    assert alone[5] == pytest.approx(math.log(2), abs=1e-6)  # half-way between the two
-    assert alone.min() >= LEAST - 1e-6
-    assert alone.max() <= MOST + 1e-6
-    assert alone.diff().gt(0).all() != clip  # only the clip loses the order of the worst and of the best
+def test_the_calibration_keeps_the_order(log):
+    """x is -1 at the learner's mean logit and 1 at the expert's, in units of at least one logit; averaged, squashed."""
+    reward = by_hand(log, [1.0, 10.0, 3.0], [1.0, 4.0, -2.0], [0.0, 1.0, 5.0])
+    x = ((2 * CHANGE - 1) / 2 + (20 * CHANGE - 5) / 3 + (6 * CHANGE - 3) / 2) / 3
+    torch.testing.assert_close(reward(*STEPS), -(1 - (x / (1 + x.abs())).sigmoid()).log())
+    assert reward(*STEPS).diff().gt(0).all()
+    level = by_hand(log, [1.0], [0.5], [0.5])(*STEPS)
+    assert level[5] == pytest.approx(math.log(2), abs=1e-6)  # half-way between the two
     assert pytest.approx((0.3133, 1.3133), abs=1e-4) == (LEAST, MOST)
-    lost = by_hand(log, [1.0], [0.0], [0.0], clip=clip)
+
+
+def test_the_published_calibration_clips(log):
+    """σ(-1) at the learner's mean and below, σ(1) at the expert's and above; blind where the expert lies lower."""
+    reward = by_hand(log, [1.0, 10.0, 3.0], [1.0, 4.0, -2.0], [0.0, 2.0, 5.0], calibration="clip")
+    one, two = ((2 * x - 1).sigmoid() for x in (CHANGE.clamp(0, 1), (5 * CHANGE - 1).clamp(0, 1)))
+    blind = torch.full_like(CHANGE, 0.5)
+    torch.testing.assert_close(reward(*STEPS), -(1 - (one + two + blind) / 3).log())
+    alone = by_hand(log, [1.0], [1.0], [0.0], calibration="clip")(*STEPS)
+    assert alone[[0, -1]].tolist() == pytest.approx([LEAST, MOST], abs=1e-6)
+    lost = by_hand(log, [1.0], [0.0], [0.0], calibration="clip")
     assert torch.allclose(judged(lost, log), torch.tensor(math.log(2)))
 
 
@@ -149,10 +152,9 @@ def test_all_snapshots_are_asked_at_once(learned, log, monkeypatch):
         x = rows
         for layer, (weight, bias) in enumerate(zip(learned.nets.weights, learned.nets.biases, strict=True)):
             x = (x if layer == 0 else x.relu()) @ weight[index] + bias[index]
-        gap = learned.expert[index] - learned.learner[index]
-        x = 2 * (x[:, 0] - learned.learner[index]) / gap - 1
-        total += (x / (1 + x.abs())).sigmoid() if gap > 1e-6 else 0.5
-    wanted = -(1 - total / 12).log()
+        expert, learner = learned.expert[index], learned.learner[index]
+        total += (2 * x[:, 0] - expert - learner) / (expert - learner).clamp_min(2)
+    wanted = -(1 - (total / 12 / (1 + (total / 12).abs())).sigmoid()).log()
     torch.testing.assert_close(judged(learned, log), wanted, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(dynamics_reward, "_ENTRIES", 7 * 12 * 32)
     torch.testing.assert_close(judged(learned, log), wanted, rtol=1e-4, atol=1e-5)
@@ -301,6 +303,7 @@ def test_training_that_diverges_keeps_what_was_learned(log):
         ({"games": 0}, "games must be at least 1, got 0"),
         ({"snapshots": 0}, "snapshots must be at least 1, got 0"),
         ({"updates": 2}, "updates must be at least snapshots = 3, got 2"),
+        ({"calibration": "raw"}, "calibration must be 'mean' or 'clip', got 'raw'"),
         ({"entropy": 0.7}, "entropy must be between 0 and log 2, got 0.7"),
         ({"hidden": (0,)}, "hidden must be positive widths"),
     ],
