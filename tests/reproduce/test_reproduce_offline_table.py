@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from learneddyn.core import Json, Transitions
 from learneddyn.offline import MOPO
-from learneddyn.reproduce import offline_table
+from learneddyn.reproduce import offline_table, offline_table_hopper
 from learneddyn.runs.cells import FAILED
 from learneddyn.runs.seeds import silent
 
@@ -62,10 +62,10 @@ def test_every_cell_is_played_kept_and_shown(small, monkeypatch):
     }
     assert again["Reacher"]["replay"]["MOREC"] == {FAILED: "not part of the package yet"}
 
-    table = offline_table.table({0: figures, 1: again})
+    table = offline_table.table(offline_table.PARTS, {0: figures, 1: again})
     assert table.count("\n") == 3
     assert "**failed** 1x" in table
-    assert isinstance(offline_table.draw({0: figures, 1: again}), Figure)
+    assert isinstance(offline_table.draw(offline_table.PARTS, {0: figures, 1: again}), Figure)
     minari.delete_dataset("learneddyn-table/reacher-medium-0-v0")
     offline_table.measure(0, small, silent)
     assert "learneddyn-table/reacher-medium-0-v0" in minari.list_local_datasets()
@@ -95,19 +95,30 @@ def entry(light: float, cloned: float, behaviour: float) -> Json:
 
 
 def judged(figures: dict[int, Json]) -> list[bool]:
-    return [finding.holds for finding in offline_table.findings(figures) if finding.holds is not None]
+    return [finding.holds for finding in offline_table.CLAIM.findings(figures) if finding.holds is not None]
 
 
 def test_the_best_method_must_clear_clone_and_behaviour_on_medium_and_replay():
     good = {seed: entry(-5.0 - seed / 10, -9.0, -20.0) for seed in range(3)}
     assert judged(good) == [True, True]
-    assert isinstance(offline_table.draw(good), Figure)
+    assert isinstance(offline_table.CLAIM.draw(good), Figure)
     worse = copy.deepcopy(good)
     worse[1]["Reacher"]["replay"]["BC"]["return"] = -4.0
     assert judged(worse) == [True, False]
     for method in offline_table.MODEL_BASED:
         worse[2]["Reacher"]["medium"][method]["return"] = -9.5
     assert judged(worse) == [False, False]
+
+
+def test_hopper_is_reported_not_judged():
+    scores = {method: {"return": 900.0} for method in offline_table_hopper.PARTS["Hopper"].updates}
+    figures = {seed: {"Hopper": dict.fromkeys(("medium", "replay"), scores | {"behaviour": 500.0, "rows": 9})}
+               for seed in range(3)}  # fmt: skip
+    found = offline_table_hopper.CLAIM.findings(figures)
+    assert all(finding.holds is None for finding in found)
+    assert any("model-based method, MOPO" in finding.what for finding in found)
+    assert isinstance(offline_table_hopper.CLAIM.draw(figures), Figure)
+    assert offline_table_hopper.CLAIM.table(figures).count("\n") == 3
 
 
 def test_only_whole_episodes_count_for_the_behaviour():
