@@ -20,6 +20,8 @@ _KMEANS = 20
 """Iterations of the clustering, at most."""
 _TOLERANCE = 1e-4
 """Movement of a centre, in units of the context, below which the clustering has converged."""
+_ADAPTATION = 0.02
+"""First learning rate of a new environment's context."""
 _JITTER = 1e-4
 """Noise on the contexts that the gate is fitted to, so that equal ones do not make it singular."""
 
@@ -67,7 +69,7 @@ class MixER(AbstractRegression):
         hidden: Sequence[int] = (48, 48),
         updates: int = 2500,
         batch_size: int = 64,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-2,
         gate_every: int = 5,
         learn_reward: bool = False,
         holdout_ratio: float = 0.1,
@@ -274,13 +276,12 @@ class MixER(AbstractRegression):
     def adapted(self, data: Transitions, *, rng: torch.Generator, updates: int = 300) -> "MixER":
         """Return a model of one new environment: the experts stay as they are, only a context is learned.
 
-        Every expert gets a context, from the middle of those it serves; the one that fits best is kept, and the new
-        model's gate names its expert.
+        It begins at the context of the known environment that says the data best, and stays with that one's expert.
 
         Args:
             data: of the new environment, any number of episodes.
             rng: draws the rows that measure the noise.
-            updates: of Adam on the contexts, each on all rows but those.
+            updates: of Adam on the context, each on all rows but those.
 
         Raises:
             ValueError: the model has not been fitted, or the data has other spaces.
@@ -301,37 +302,35 @@ class MixER(AbstractRegression):
         model.to(self._elites.device)
         held = torch.zeros(len(data), dtype=torch.bool, device=data.device)
         held[torch.randperm(len(data), generator=rng, device=rng.device)[: max(1, len(data) // 10)]] = True
-        contexts = self._fitted_contexts(data[~held], updates)
+        seen = data[~held]
         with torch.no_grad():
-            losses = self._context_losses(contexts, data[~held])
-            best = int(losses.argmin())
-            model.contexts.copy_(contexts[best : best + 1])
+            closest = int(self._losses(self.routes, self.contexts, seen).argmin())
+            expert = self.routes[closest : closest + 1]
+        context = self.contexts[closest : closest + 1].detach().clone().requires_grad_()
+        optimizer = torch.optim.Adam([context], _ADAPTATION)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+        for _ in range(updates):
+            (context.grad,) = torch.autograd.grad(self._losses(expert, context, seen).sum(), context)
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            model.contexts.copy_(context)
             model.gate.zero_()
-            model.gate[-1, best] = 1.0
+            model.gate[-1, expert] = 1.0
         model._measure(data, held)
         return model
 
-    def _fitted_contexts(self, data: Transitions, updates: int) -> Float[Tensor, "m c"]:
-        """Return a context per expert that fits the data."""
-        routes = self.routes
-        served = [self.contexts[routes == k] for k in range(self.experts)]
-        middle = torch.stack([(part if len(part) else self.contexts).mean(dim=0) for part in served])
-        contexts = middle.detach().requires_grad_()
-        optimizer = torch.optim.Adam([contexts], 0.05)
-        for _ in range(updates):
-            (contexts.grad,) = torch.autograd.grad(self._context_losses(contexts, data).sum(), contexts)
-            optimizer.step()
-        return contexts.detach()
-
-    def _context_losses(self, contexts: Float[Tensor, "m c"], data: Transitions) -> Float[Tensor, " m"]:
-        """Return the loss of every expert with its context."""
-        m, n = self.experts, len(data)
+    def _losses(
+        self, experts: Int[Tensor, " g"], contexts: Float[Tensor, "g c"], data: Transitions
+    ) -> Float[Tensor, " g"]:
+        """Return the loss of every pair of an expert and a context on the data."""
+        g, n = len(experts), len(data)
         wanted = data.next_obs - data.obs
         if self.learn_reward:
             wanted = torch.cat([wanted, data.reward[:, None]], dim=1)
         wanted = (wanted - self.output_shift) / self.output_scale
-        rows = (part.expand(m, n, -1) for part in (data.obs, data.action))
-        output = self._forward(slice(None), *rows, contexts[:, None].expand(m, n, -1))
+        rows = (part.expand(g, n, -1) for part in (data.obs, data.action))
+        output = self._forward(experts, *rows, contexts[:, None].expand(g, n, -1))
         return (output - wanted).square().mean(dim=(1, 2))
 
     # Declared for type checkers; `_build_members` registers them.

@@ -61,12 +61,12 @@ class SparseReLU(AbstractRegression):
         self,
         hidden: Sequence[int] = (32, 32),
         relus: int | None = 8,
-        horizon: int = 5,
-        updates: int = 2000,
+        horizon: int = 3,
+        updates: int = 4000,
         batch_size: int = 128,
         learning_rate: float = 5e-3,
         gate_learning_rate: float = 2e-2,
-        temperature: float = 0.5,
+        temperature: float = 1.0,
         pressure: float = 1e-3,
         learn_reward: bool = False,
         holdout_ratio: float = 0.1,
@@ -108,7 +108,7 @@ class SparseReLU(AbstractRegression):
         return {name: int((self.kinds == kind).sum()) for kind, name in enumerate(("relu", "identity", "zero"))}
 
     @torch.no_grad()
-    def cascade(self) -> list[tuple[Float[Tensor, "r c"], Float[Tensor, " r"]]]:
+    def cascade(self) -> list[tuple[Float[Tensor, "_ _"], Float[Tensor, " _"]]]:
         """Return the mean of the next observation as a cascade of affine maps and ReLUs, exact, in float64.
 
         With v = (observation, action) in the units of the environment, every pair (W, b) but the last makes units
@@ -140,7 +140,7 @@ class SparseReLU(AbstractRegression):
         last[:, :o] += torch.eye(o).to(last)
         return [*pairs, (last, ((constant @ weights[-1] + biases[-1]) * output_scale + output_shift)[:o])]
 
-    def _outputs(self, inputs: Tensor, gates: Sequence[Float[Tensor, "w 3"]]) -> Tensor:
+    def _outputs(self, inputs: Tensor, gates: Sequence[Float[Tensor, "_ 3"]]) -> Tensor:
         """Return standardised changes, and the standardised reward."""
         x = (inputs - self.shift) / self.scale
         for weight, bias, gate in zip(self.weights[:-1], self.biases[:-1], gates, strict=True):
@@ -148,7 +148,7 @@ class SparseReLU(AbstractRegression):
             x = gate[:, RELU] * z.relu() + gate[:, IDENTITY] * z
         return torch.addmm(self.biases[-1], x, self.weights[-1])
 
-    def _fixed(self) -> Sequence[Float[Tensor, "w 3"]]:
+    def _fixed(self) -> Sequence[Float[Tensor, "_ 3"]]:
         return nn.functional.one_hot(self.kinds, 3).to(self.shift).split(self.hidden)
 
     def _every(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Tensor | None) -> Answer:
@@ -236,7 +236,7 @@ class SparseReLU(AbstractRegression):
             total = total + error.square().mean()
         return total / action.shape[1]
 
-    def _drawn(self, rng: torch.Generator) -> Sequence[Float[Tensor, "w 3"]]:
+    def _drawn(self, rng: torch.Generator) -> Sequence[Float[Tensor, "_ 3"]]:
         """Draw every unit's kind: one-hot, with the gradient of the softmax."""
         uniform = torch.rand(self.logits.shape, generator=rng, device=self.logits.device)
         gumbel = -(-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()

@@ -36,7 +36,7 @@ _MARGIN = 1e-6
 _BOUNDING = 0.4
 """Share of the time limit after which bounds are no longer tightened."""
 
-Cascade = Sequence[tuple[Float[Tensor, "r c"], Float[Tensor, " r"]]]
+Cascade = Sequence[tuple[Float[Tensor, "_ _"], Float[Tensor, " _"]]]
 Array = np.ndarray
 
 

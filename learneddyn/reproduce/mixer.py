@@ -17,7 +17,7 @@ from learneddyn.runs import Notify
 from learneddyn.runs.claims import Claim, Finding, panels
 from learneddyn.spaces import Spaces
 
-FAMILIES = {"pendulum": (6.0, 10.0), "Van der Pol": (0.8, 1.6), "Lotka-Volterra": (0.8, 1.4)}
+FAMILIES = {"pendulum": (8.0, 10.0), "Van der Pol": (0.9, 1.3), "Lotka-Volterra": (0.9, 1.2)}
 """Range of the parameter that differs within a family."""
 EACH, ROWS, DT = 6, 200, 0.05
 """Environments of a family, rows of an environment, seconds of a step."""
@@ -166,6 +166,8 @@ CLAIM = Claim(
     measure=measure,
     findings=findings,
     draw=draw,
-    notes="Families must differ more than their members: where the pendulum's parameter ranged from 4 to 12 instead of "
-    "6 to 10, slow pendulums were sent to the expert of Van der Pol.",
+    notes="Families must differ more than their members: with the pendulum's parameter from 4 to 12 (here 8 to 10), "
+    "slow pendulums went to the expert of Van der Pol and stayed there. Where data of every environment abound, one "
+    "network of the same size fits them about as well (at a learning rate of 3e-3, and at 1e-2 as here), as the paper "
+    "says of related systems. New environments begin at the closest known context.",
 )
