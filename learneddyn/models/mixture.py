@@ -225,7 +225,7 @@ class MixER(AbstractRegression):
             return
         m, (e, b) = self.experts, obs.shape[:2]
         contexts = self.contexts[:, None].expand(e, b, -1)
-        rows = (part.flatten(0, 1).expand(m, e * b, -1) for part in (obs, action, contexts))
+        rows = [part.flatten(0, 1).expand(m, e * b, -1) for part in (obs, action, contexts)]
         error = (self._forward(slice(None), *rows).view(m, e, b, -1) - wanted).square().mean(dim=(2, 3))
         losses = torch.stack([error[:, clusters == k].median(dim=1).values for k in range(m)])
         expert = _assigned(losses)[clusters]
@@ -329,8 +329,8 @@ class MixER(AbstractRegression):
         if self.learn_reward:
             wanted = torch.cat([wanted, data.reward[:, None]], dim=1)
         wanted = (wanted - self.output_shift) / self.output_scale
-        rows = (part.expand(g, n, -1) for part in (data.obs, data.action))
-        output = self._forward(experts, *rows, contexts[:, None].expand(g, n, -1))
+        obs, action, context = (part.expand(g, n, -1) for part in (data.obs, data.action, contexts[:, None]))
+        output = self._forward(experts, obs, action, context)
         return (output - wanted).square().mean(dim=(1, 2))
 
     # Declared for type checkers; `_build_members` registers them.

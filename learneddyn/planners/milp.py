@@ -18,7 +18,7 @@ comes before allows. Units that this leaves only on, or only off, cost nothing.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -364,7 +364,7 @@ class _Program:
             self._row(goal, infinity, [distance, column], [1.0, 1.0])
 
 
-def _highs():  # type: ignore[no-untyped-def]  # a module
+def _highs() -> Any:
     """Return the solver's package.
 
     Raises:

@@ -140,8 +140,8 @@ def draw(figures: dict[int, Json]) -> Figure:
     axes = np.linalg.svd(centred, full_matrices=False)[2][:2]
     for index, (name, marker) in enumerate(zip(FAMILIES, "os^", strict=True)):
         rows = slice(index * EACH, (index + 1) * EACH)
-        place = centred[rows] @ axes.T
-        left.scatter(*place.T, c=routes[rows], cmap="viridis", vmin=0, vmax=2, marker=marker, label=name)
+        x, y = axes @ centred[rows].T
+        left.scatter(x, y, c=routes[rows], cmap="viridis", vmin=0, vmax=2, marker=marker, label=name)
     left.set_xlabel("contexts, first two principal axes (colour: expert)", fontsize=8)
     left.legend(fontsize=7, frameon=False)
     for name, colour in zip(NETS, ("tab:blue", "tab:orange"), strict=True):
