@@ -2,13 +2,14 @@
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from learneddyn.core import Json, generator
 from learneddyn.evaluation.stats import Estimate, bootstrap_interval
@@ -27,7 +28,7 @@ GIVEN = 3
 STEPS = 100
 REFINED = (5, 20, 50)
 """Refinement steps m."""
-BATCH, PROPOSER_UPDATES, DIFFUSION_UPDATES = 64, 400, 1200
+BATCH, PROPOSER_UPDATES, DIFFUSION_UPDATES = 64, 1200, 2000
 DRAWN, TIMINGS = 256, 2
 """Signals per judgement, and repetitions of each timing."""
 
@@ -49,6 +50,15 @@ def error(found: Float[Tensor, "n 64 1"]) -> float:
     return float((found[:, None, :, 0] - modes()).square().mean(2).amin(1).mean().sqrt())
 
 
+def fit(net: nn.Module, loss: Callable[[], Tensor], updates: int, rate: float) -> None:
+    """Descend a loss by AdamW; the rate falls linearly to a hundredth, as the learner's does."""
+    optimizer = torch.optim.AdamW(net.parameters(), rate, weight_decay=1e-4, fused=True)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, updates)
+    for _ in range(updates):
+        descend(loss(), optimizer)
+        schedule.step()
+
+
 def learned(seed: int, notify: Notify) -> tuple[RecurrentProposer, TrajectoryDiffusion]:
     """Return a proposer and a diffusion that have learned one set of signals; there are no returns."""
     rng = generator(seed)
@@ -62,13 +72,9 @@ def learned(seed: int, notify: Notify) -> tuple[RecurrentProposer, TrajectoryDif
         return data[torch.randint(SIGNALS, (BATCH,), generator=rng)]
 
     notify("proposer", 0.0)
-    optimizer = torch.optim.AdamW(proposer.parameters(), 3e-3, fused=True)
-    for _ in range(PROPOSER_UPDATES):
-        descend(proposer.loss(batch(), nothing, known), optimizer)
+    fit(proposer, lambda: proposer.loss(batch(), nothing, known), PROPOSER_UPDATES, 3e-3)
     notify("diffusion", 0.3)
-    optimizer = torch.optim.AdamW(diffusion.parameters(), 2e-3, fused=True)
-    for _ in range(DIFFUSION_UPDATES):
-        descend(diffusion.loss(batch(), known, rng), optimizer)
+    fit(diffusion, lambda: diffusion.loss(batch(), known, rng), DIFFUSION_UPDATES, 2e-3)
     return proposer, diffusion
 
 
@@ -188,4 +194,7 @@ CLAIM = Claim(
     measure=measure,
     findings=findings,
     draw=draw,
+    notes="A first run with 400 updates of the proposer and 1200 of the diffusion, at constant rates, failed the bound "
+    "on the error: 0.99 [0.73, 1.42]. Neither net had converged; full sampling erred by 0.17 to 0.37 from seed to seed. "
+    "The budget was then raised, once.",
 )
