@@ -195,6 +195,6 @@ CLAIM = Claim(
     findings=findings,
     draw=draw,
     notes="A first run with 400 updates of the proposer and 1200 of the diffusion, at constant rates, failed the bound "
-    "on the error: 0.99 [0.73, 1.42]. Neither net had converged; full sampling erred by 0.17 to 0.37 from seed to seed. "
-    "The budget was then raised, once.",
+    "on the error: 0.99 [0.73, 1.42]. Neither net had converged; full sampling erred by 0.17 to 0.37 from seed to "
+    "seed. The budget was then raised, once.",
 )
