@@ -93,9 +93,8 @@ def test_penalties_run_in_small(monkeypatch, tmp_path):
 def test_penalties_are_judged_by_the_weaker_of_two():
     values = dict.fromkeys(PENALTIES, 0.8) | {"max_aleatoric": 0.4}
     case = {name: {"AUROC": value, "Spearman": value, "tail": 3.0} for name, value in values.items()}
-    entry = {
-        f"{place}, {protocol}": copy.deepcopy(case) for place in penalties.PLACES for protocol in penalties.PROTOCOLS
-    }
+    cases = [f"{place}, {protocol}" for place in penalties.PLACES for protocol in (*penalties.PROTOCOLS, "known")]
+    entry = {name: copy.deepcopy(case) for name in cases}
     figures = {seed: copy.deepcopy(entry) for seed in range(3)}
     assert verdicts(penalties.findings(figures)) == [True] * 8
     figures[1]["Pendulum, transfer"]["ensemble_std"]["Spearman"] = 0.3
