@@ -70,7 +70,8 @@ class TransitionFilter:
             noise = -torch.empty_like(logits).exponential_(generator=rng).log()
             picked = (logits + noise).argmax(0) * rows + row
             member = member[picked]
-            outcome = Outcome(*(None if part is None else part[picked] for part in outcome))
+            parts = {name: part[picked] for name, part in outcome._asdict().items() if part is not None}
+            outcome = Outcome(**parts)
         return State(outcome.next_obs, member, outcome.memory), outcome
 
     def entropy(

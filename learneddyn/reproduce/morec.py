@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -26,8 +27,8 @@ EPISODES, STEPS = 60, 60
 STARTS, HORIZON = 100, 50
 NOISE = 0.02
 SPACES = Spaces(gym.spaces.Box(-np.inf, np.inf, (1,), np.float32), gym.spaces.Box(0.0, 1.0, (1,), np.float32))
-MODEL = {"num_members": 5, "num_elites": 5, "hidden": (64, 64), "max_epochs": 60, "scale_targets": True}
-REWARD = {
+MODEL: dict[str, Any] = {"num_members": 5, "num_elites": 5, "hidden": (64, 64), "max_epochs": 60, "scale_targets": True}
+REWARD: dict[str, Any] = {
     "snapshots": 10,
     "games": 4,
     "updates": 5000,

@@ -16,6 +16,7 @@ from learneddyn.core import Json, State, Transitions, generator
 from learneddyn.evaluation.stats import bootstrap_interval, correlation
 from learneddyn.models import ProbabilisticEnsemble
 from learneddyn.offline import OfflineMBPO
+from learneddyn.offline.dataset import bounds
 from learneddyn.runs.claims import Claim, Finding, panels
 from learneddyn.runs.seeds import Notify
 from learneddyn.world import PENALTIES, elite
@@ -63,17 +64,18 @@ def rows_of(
     place: Place, box: tuple[list[float], list[float]], truth: TruthDynamics, rng: torch.Generator
 ) -> Transitions:
     """Draw states and actions of a box, and step the real system once from each; the sensors are noisy."""
-    low, high = (torch.tensor(side, dtype=torch.float64) for side in box)
-    states = (low + (high - low) * torch.rand(ROWS, len(low), generator=rng, dtype=torch.float64)).numpy()
-    half, task, spaces = len(low) // 2, truth.task, truth.spaces
+    corner, opposite = (torch.tensor(side, dtype=torch.float64) for side in box)
+    share = torch.rand(ROWS, len(corner), generator=rng, dtype=torch.float64)
+    states = (corner + (opposite - corner) * share).numpy()
+    half, task, spaces = len(corner) // 2, truth.task, truth.spaces
     assert task.codec is not None
     assert task.reward is not None
     assert task.terminated is not None
     assert spaces is not None
     obs = task.codec.from_simulator(states[:, :half], states[:, half:])
     assert obs is not None
-    reach = float(spaces.action.high[0])
-    action = reach * (2 * torch.rand(ROWS, 1, generator=rng) - 1)
+    low, high = bounds(spaces.action, obs.device)
+    action = low + (high - low) * torch.rand(ROWS, len(low), generator=rng)
     after = stepped(truth, obs, action)
     after = after + NOISE * torch.randn(after.shape, generator=rng)
     ended = task.terminated(after)
