@@ -63,7 +63,8 @@ class OfflineMBPO(OfflineSAC):
         filter_temperature: κ of the filter, 0 for the largest r^D.
         filter_draws: candidates per elite.
         least_dynamics_reward: a step of lower r^D ends the rollout, terminated, with its own reward; with the range of
-            `DynamicsReward` 0.693 is a step that might as well be invented, and 0 ends none.
+            `DynamicsReward` 0.693 is half-way between logged and generated steps, and 0 ends none. An end is worth 0
+            from there on: where rewards are negative it is a way out, not a punishment, and 0 the choice.
         penalty: u, a name of `learneddyn.world.PENALTIES` or a function.
         penalty_weight: λ, in units of the logged reward per unit of u; or a rule that measures both on the log,
             ``"quantile:c"`` (`learneddyn.offline.weight_rule`). ``penalty_rule`` then tells the rule and the number.
