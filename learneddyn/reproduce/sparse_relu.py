@@ -116,15 +116,20 @@ def excess(model: SparseReLU, spaces: Spaces, seed: int) -> list[float]:
     """Return what the program's optimum costs more than a refined grid search, relative, from 5 observations."""
     horizon, world, rng = 3, World(model, TASK, sampler="mean"), generator(seed)
     milp, grid = planner(model, spaces, horizon, PLENTY), torch.linspace(-1.0, 1.0, 41)
-    around = torch.cartesian_prod(*[torch.linspace(-2.0, 2.0, 13)] * horizon)
+    around = torch.cartesian_prod(*[torch.linspace(-2.0, 2.0, 7)] * horizon)
     found = []
     for obs in 3 * torch.rand(5, 3, generator=rng) - 1.5:
+
+        def costs(plans: Tensor, obs: Tensor = obs) -> Tensor:
+            return -world.returns(obs[None], plans.view(1, -1, horizon, 1), rng).view(plans.shape[:-1])
+
         plans = torch.cartesian_prod(*[grid] * horizon)
-        best, width = plans[0], 0.05
-        for _ in range(14):
-            costs = -world.returns(obs[None], plans[None, :, :, None], rng)[0]
-            best = plans[costs.argmin()]
-            plans, width = torch.cat([best[None], (best + width * around).clamp(-1, 1)]), width / 2
+        best = plans[costs(plans).topk(40, largest=False).indices]
+        for halving in range(16):
+            tried = (best[:, None] + 0.05 * 0.5**halving * around).clamp(-1, 1)
+            tried = torch.cat([best[:, None], tried], dim=1)
+            best = tried[torch.arange(len(best)), costs(tried).argmin(dim=1)]
+        best = best[costs(best).argmin()]
         solved = milp.plan(obs.double().numpy())
         least = milp.cost(obs.double().numpy(), best.double().numpy()[:, None])
         found.append((solved.cost - least) / least)
