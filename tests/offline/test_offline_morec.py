@@ -26,7 +26,7 @@ from learneddyn.offline.transition_filter import filter_figures, reward_above
 from learneddyn.spaces import Spaces
 from learneddyn.tasks.endless import never
 from learneddyn.testing import check_policy, check_world
-from learneddyn.world import World
+from learneddyn.world import PENALTIES, World
 
 QUICK = {
     "snapshots": 3,
@@ -393,6 +393,31 @@ def only_first(model):
 
 def test_a_world_with_a_filter_is_a_world(model, learned):
     check_world(World(model, ENDLESS, sampler=TransitionFilter(learned), trust=reward_above(learned, 0.6)))
+
+
+def test_all_candidates_are_drawn_and_judged_at_once(model, log, monkeypatch):
+    """One call of the model, one member per row, also where a penalty asks every member about the rows themselves."""
+    rows = {"model": [], "reward": []}
+    draw = model.sample
+
+    def counted(obs, *args, **kwargs):
+        rows["model"].append(len(obs))
+        return draw(obs, *args, **kwargs)
+
+    def judge(obs, action, next_obs):
+        rows["reward"].append(len(obs))
+        return far(obs, action, next_obs)
+
+    def every(*args, **kwargs):
+        raise AssertionError("every member was asked about every candidate")
+
+    monkeypatch.setattr(model, "sample", counted)
+    monkeypatch.setattr(model, "sample_and_predict", every)
+    world = World(
+        model, ENDLESS, sampler=TransitionFilter(judge), penalty=PENALTIES["ensemble_std"], penalty_weight=1.0
+    )
+    world.step(State(log.obs, model.elites[:1].expand(len(log))), log.action, generator(0))
+    assert rows == {"model": [6 * len(log)], "reward": [6 * len(log)]}
 
 
 def test_memory_goes_with_the_choice():
