@@ -1005,6 +1005,8 @@ def _check_learner(
     allowed -= {"policy", "data", "env", "model", "seed", "device", "common", "_init_setup_model"}
     if unknown := sorted(set(kwargs) - allowed):
         raise ValueError(f"{kind.__name__} does not take {', '.join(unknown)}; agent_kwargs may hold {sorted(allowed)}")
+    for value in kwargs.values():
+        _instance(value)
     if model is not None and not issubclass(kind, learners.OfflineMBPO):
         raise ValueError(f"{kind.__name__} learns without a model: leave --model out")
 
@@ -1053,10 +1055,14 @@ def _offline_agent(
 
 def _instance(value: Any) -> Any:
     """Return an object for a dictionary of its class and config, anything else as it is."""
-    if not (isinstance(value, dict) and set(value) == {"class", "config"}):
+    if not isinstance(value, dict) or not {"class", "config"} & set(value):
         return value
-    module, _, name = value["class"].rpartition(".")
-    return getattr(import_module(module), name)(**value["config"])
+    module, _, name = str(value.get("class", "")).rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"an object needs the path of its class and its config, got {value} ({error})") from error
+    return kind(**value.get("config", {}))
 
 
 def _one_offline(

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import minari
 import numpy as np
 import torch
@@ -122,14 +123,35 @@ def measure(seed: int, home: Path, notify: Notify) -> Json:
 
 def play_parts(parts: Parts, seed: int, home: Path, notify: Notify) -> Json:
     """Return the returns of behaviours and methods of one seed, by task and grade."""
-    total = sum(len(part.grades) * (2 + len(part.updates)) for part in parts.values())
+    total = sum(3 + len(part.grades) * (1 + len(part.updates)) for part in parts.values())
     cells, figures = Cells(home, notify, total), dict[str, Json]()
     for name, part in parts.items():
         figures[name] = {}
+        idle = cells.play(f"{name}, no action", {"episodes": part.episodes, "seed": seed}, partial(_idle, part, seed))
         for grade, behaviour in logs(part, name, seed, cells).items():
-            rows: Json = {"behaviour": behaviour["return"], "rows": behaviour["rows"]}
+            rows: Json = {"behaviour": behaviour["return"], "idle": idle["return"], "rows": behaviour["rows"]}
             figures[name][grade] = rows | methods(part, name, grade, behaviour["id"], seed, home, cells)
     return figures
+
+
+class Idle:
+    """Plays the middle of the action range: what a policy earns that does nothing."""
+
+    def __init__(self, real_id: str) -> None:
+        space = gym.spec(real_id).make().action_space
+        assert isinstance(space, gym.spaces.Box)
+        self.action = (0.5 * (space.low + space.high)).astype(np.float32)
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        """Return the action for every row."""
+        return np.repeat(self.action[None], len(observation), axis=0), state
+
+
+def _idle(part: Part, seed: int) -> Json:
+    real_id = part.task.real_id
+    return {"return": evaluate(Idle(real_id), real_id, episodes=part.episodes, seed=JUDGE_SEED + seed).mean}
 
 
 def logs(part: Part, name: str, seed: int, cells: Cells) -> dict[str, Json]:
@@ -235,9 +257,9 @@ def score_of(figures: Figures, part: Part, name: str, grade: str, method: str) -
     return bootstrap_interval(normalized_score(part.task.real_id, returns)) if returns else None
 
 
-def behaviour_of(figures: Figures, part: Part, name: str, grade: str) -> Estimate:
-    """Return the behaviour's normalised score over seeds."""
-    earned = [seed[name][grade]["behaviour"] for seed in figures.values()]
+def reference_of(figures: Figures, part: Part, name: str, grade: str, kind: str = "behaviour") -> Estimate:
+    """Return the normalised score over seeds of the behaviour, or of doing nothing ("idle")."""
+    earned = [seed[name][grade][kind] for seed in figures.values()]
     return bootstrap_interval(normalized_score(part.task.real_id, earned))
 
 
@@ -248,17 +270,18 @@ def findings(parts: Parts, judged: Sequence[str], figures: Figures) -> list[Find
         for grade in part.grades:
             scores = {method: score_of(figures, part, name, grade, method) for method in part.updates}
             based = {method: score for method, score in scores.items() if score and method in MODEL_BASED}
-            cloned, behaviour = scores["BC"], behaviour_of(figures, part, name, grade)
-            where = f"{name} {grade}"
+            cloned, behaviour = scores["BC"], reference_of(figures, part, name, grade)
+            where, idle = f"{name} {grade}", reference_of(figures, part, name, grade, "idle")
             if based:
                 method = max(based, key=lambda method: based[method].value)
                 best = based[method]
-                bar = max(behaviour.high, cloned.high if cloned else -np.inf)
-                bound = f"above BC and behaviour, {bar:.4g}"
+                bar = max(behaviour.high, idle.high, cloned.high if cloned else -np.inf)
+                bound = f"above BC, behaviour and no action, {bar:.4g}"
                 what = f"{where}: score of the best model-based method, {method}"
                 held = bool(best.low > bar) if where in judged else None
                 rows.append(Finding(what, best, bound if where in judged else f"reported ({bound}?)", held))
             rows.append(Finding(f"{where}: score of the behaviour", behaviour, "reported", None))
+            rows.append(Finding(f"{where}: score of no action", idle, "reported", None))
             if cloned:
                 rows.append(Finding(f"{where}: score of BC", cloned, "reported", None))
     return rows
@@ -266,12 +289,15 @@ def findings(parts: Parts, judged: Sequence[str], figures: Figures) -> list[Find
 
 def table(parts: Parts, figures: Figures) -> str:
     """Return all scores as a Markdown table: a row per data set, a column per method."""
-    lines = ["| data set | rows | behaviour | " + " | ".join(METHODS) + " |", "|---" * (3 + len(METHODS)) + "|"]
+    lines = [
+        "| data set | rows | behaviour | no action | " + " | ".join(METHODS) + " |",
+        "|---" * (4 + len(METHODS)) + "|",
+    ]
     for name, part in parts.items():
         for grade in part.grades:
             counts = sorted({seed[name][grade]["rows"] for seed in figures.values()})
             cells = [f"{name} {grade}", "-".join(map(str, counts[:: max(1, len(counts) - 1)]))]
-            cells.append(_short(behaviour_of(figures, part, name, grade)))
+            cells += [_short(reference_of(figures, part, name, grade, kind)) for kind in ("behaviour", "idle")]
             for method in METHODS:
                 if method not in part.updates:
                     cells.append("")
@@ -294,15 +320,17 @@ def _short(score: Estimate) -> str:
 
 
 def draw(parts: Parts, figures: Figures) -> Figure:
-    """Show every method's score as a bar with its interval, the seeds as dots, the behaviour as a line."""
+    """Show every method's score as a bar with its interval, the seeds as dots, behaviour and idleness as lines."""
     sets = [(name, grade) for name, part in parts.items() for grade in part.grades]
     figure, axes = panels(len(sets), width=2.3, height=3.2)
     for ax, (name, grade) in zip(axes, sets, strict=True):
         part = parts[name]
         methods = [method for method in METHODS if method in part.updates]
-        behaviour = behaviour_of(figures, part, name, grade)
+        behaviour = reference_of(figures, part, name, grade)
         ax.axhspan(max(behaviour.low, -10), min(behaviour.high, 130), color="grey", alpha=0.25, linewidth=0)
         ax.axhline(behaviour.value, color="grey", linewidth=1)
+        idle = reference_of(figures, part, name, grade, "idle").value
+        ax.axhline(idle, color="grey", linewidth=1, linestyle=":")
         for place, method in enumerate(methods):
             colour = "tab:blue" if method in MODEL_BASED else "tab:grey"
             if score := score_of(figures, part, name, grade, method):
@@ -318,7 +346,7 @@ def draw(parts: Parts, figures: Figures) -> Figure:
         ax.set_ylim(-5, 112)
         ax.set_title(f"{name}\n{grade}", fontsize=8)
         ax.grid(axis="y", alpha=0.3)
-    axes[0].set_ylabel("normalised score", fontsize=8)
+    axes[0].set_ylabel("normalised score\n(line: behaviour, dotted: no action)", fontsize=8)
     return figure
 
 
@@ -327,7 +355,7 @@ def setting(parts: Parts) -> str:
     told = [
         "Every seed trains its own behaviour agents, fits its own models and judges the last policy (no checkpoint is "
         "chosen); all model-based methods of a grade and seed share one model. Scores: 0 random, 100 expert, see "
-        "learneddyn.data.scores."
+        "learneddyn.data.scores; no action is the middle of the range throughout."
     ]
     for name, part in parts.items():
         budgets = ", ".join(f"{method} {updates:,}" for method, updates in part.updates.items())
@@ -363,7 +391,8 @@ CLAIM = claim_of(
     measure,
     ("Reacher medium", "Reacher replay"),
     "A policy optimised inside a model of the log surpasses the policy that wrote the log, and its clone.",
-    "The best of several methods is chosen by the figure that is shown, so its interval is a little too good. For the "
-    "CPU's sake EDAC and RAVL have 5 critics (10 in their sources) and MOBILE draws 2 next states per elite (10). "
-    "MOREC does not halt here: rewards are negative, so that a halt would be a way out.",
+    "Standing still beats a policy that wastes torque: no action is the level to compare with, not 0. The best of "
+    "several methods is chosen by the figure that is shown, so its interval is a little too good. For the CPU's sake "
+    "EDAC and RAVL have 5 critics (10 in their sources) and MOBILE draws 2 next states per elite (10). MOREC does not "
+    "halt here: rewards are negative, so that a halt would be a way out.",
 )

@@ -46,9 +46,10 @@ def test_every_cell_is_played_kept_and_shown(small, monkeypatch):
     for grade in figures["Reacher"].values():
         assert all(-120 < grade[method]["return"] < 0 for method in offline_table.METHODS)
         assert -120 < grade["behaviour"] < 0
+        assert -20 < grade["idle"] < -5
     assert minari.load_dataset("learneddyn-table/reacher-expert-0-v0").total_steps == 600
     before = ages(small)
-    assert len(before) == 2 + 2 * (1 + 8)
+    assert len(before) == 3 + 2 * (1 + 8)
     assert offline_table.measure(0, small, silent) == figures
     assert ages(small) == before
 
@@ -89,7 +90,7 @@ def entry(light: float, cloned: float, behaviour: float) -> Json:
         scores = {
             method: {"return": light if method in offline_table.MODEL_BASED else cloned} for method in part.updates
         }
-        return scores | {"behaviour": behaviour, "rows": 10}
+        return scores | {"behaviour": behaviour, "idle": -11.0, "rows": 10}
 
     return {name: {grade: cell(part) for grade in part.grades} for name, part in offline_table.PARTS.items()}
 
@@ -105,6 +106,9 @@ def test_the_best_method_must_clear_clone_and_behaviour_on_medium_and_replay():
     worse = copy.deepcopy(good)
     worse[1]["Reacher"]["replay"]["BC"]["return"] = -4.0
     assert judged(worse) == [True, False]
+    idle = copy.deepcopy(good)
+    idle[0]["Reacher"]["medium"]["idle"] = -4.9
+    assert judged(idle) == [False, True]
     for method in offline_table.MODEL_BASED:
         worse[2]["Reacher"]["medium"][method]["return"] = -9.5
     assert judged(worse) == [False, False]
@@ -112,8 +116,8 @@ def test_the_best_method_must_clear_clone_and_behaviour_on_medium_and_replay():
 
 def test_hopper_is_reported_not_judged():
     scores = {method: {"return": 900.0} for method in offline_table_hopper.PARTS["Hopper"].updates}
-    figures = {seed: {"Hopper": dict.fromkeys(("medium", "replay"), scores | {"behaviour": 500.0, "rows": 9})}
-               for seed in range(3)}  # fmt: skip
+    cell = scores | {"behaviour": 500.0, "idle": 90.0, "rows": 9}
+    figures = {seed: {"Hopper": {"medium": cell, "replay": cell}} for seed in range(3)}
     found = offline_table_hopper.CLAIM.findings(figures)
     assert all(finding.holds is None for finding in found)
     assert any("model-based method, MOPO" in finding.what for finding in found)

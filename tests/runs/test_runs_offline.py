@@ -159,6 +159,7 @@ def test_the_command_runs_resumes_and_reports(home, capsys):
         (["--agent", "bc", "--dataset", "[]"], "give at least one Minari id with --dataset"),
         (["--agent", "bc", "--dataset", "[pendulum/random-v0, gone/a-v0]"], "learneddyn collect"),
         (["--agent", "bc", "--agent_kwargs", "{penalty_weight: 1}"], "BC does not take penalty_weight"),
+        (["--agent", "morec", "--agent_kwargs", "{dynamics_reward: {config: {}}}"], "needs the path of its class"),
         (["--agent", "iql", "--model", "ProbabilisticEnsemble"], "IQL learns without a model"),
         (["--agent", "iql", "--updates", "0"], "updates must be at least 1, got 0"),
         (["--agent", "iql", "--label_actions", "true"], "there is nothing to label"),
