@@ -167,7 +167,7 @@ CLAIM = Claim(
     findings=findings,
     draw=draw,
     notes="Families must differ more than their members: with the pendulum's parameter from 4 to 12 (here 8 to 10), "
-    "slow pendulums went to the expert of Van der Pol and stayed there. Where data of every environment abound, one "
-    "network of the same size fits them about as well (at a learning rate of 3e-3, and at 1e-2 as here), as the paper "
-    "says of related systems. New environments begin at the closest known context.",
+    "slow pendulums went to the expert of Van der Pol and stayed there. With parameters from 6 to 10, 0.8 to 1.6 and "
+    "0.8 to 1.4 and a learning rate of 3e-3 (here 1e-2) the index was 0.94, and the mixture's error 1.2 times that of "
+    "one network: neither had converged. New environments begin at the closest known context.",
 )
