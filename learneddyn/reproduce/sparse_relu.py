@@ -261,7 +261,7 @@ def draw(figures: dict[int, Json]) -> Figure:
             left.plot(values, height, marker, color=f"C{start}", alpha=0.7, markersize=4, label=label)
     left.set_yticks([-i for i in range(len(names))], labels, fontsize=8)
     left.set_xlabel(f"cost of {STEPS} steps on the plant", fontsize=8)
-    left.legend(fontsize=7, frameon=False)
+    left.legend(fontsize=7, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     for index, name in enumerate(("dense", "sparse")):
         for key, marker in (("rmse", "o"), ("without noise", "x")):
             values = [entry[name][key] for entry in figures.values()]
@@ -271,7 +271,7 @@ def draw(figures: dict[int, Json]) -> Figure:
     right.set_xlim(-0.5, 1.5)
     right.set_ylim(bottom=0)
     right.set_ylabel("RMSE of a step (its spread is 1)", fontsize=8)
-    right.legend(fontsize=7, frameon=False)
+    right.legend(fontsize=7, frameon=False, loc="lower right")
     return figure
 
 
