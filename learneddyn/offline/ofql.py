@@ -9,7 +9,7 @@
     `DQL`    |ε - ε̂|²  (diffusion.py)                    mean |Q_j(s, a_π)|, j ≠ i    K
 
 To act, 50 actions are drawn and one of them by the softmax of their least target values; a deterministic action is the
-best of 50 that always start from the same noise.
+best of 50 that always start from the same noise, the first from none.
 """
 
 from abc import abstractmethod
@@ -76,7 +76,9 @@ class GenerativePolicy(OfflinePolicy):
         self.candidates, self.denoising_steps = candidates, denoising_steps
         arguments: dict[str, Any] = {"activation": mish, "actor_target": True, "net_arch": net_arch} | common
         super().__init__(observation_space, action_space, lr_schedule, actor=actor, rng=rng, **arguments)
-        self.register_buffer("candidate_noise", self.actor.noise(candidates, rng))
+        noise = self.actor.noise(candidates, rng)
+        noise[:, 0] = 0.0  # a single candidate is the actor's mode
+        self.register_buffer("candidate_noise", noise)
 
     def _new_actor(self, hidden: Sequence[int], rng: torch.Generator) -> GenerativeActor:
         action_dim, activation = flat_dim(self.action_space), self._arguments["activation"]

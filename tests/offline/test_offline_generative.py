@@ -222,6 +222,8 @@ def test_candidates_are_chosen_by_value(log, monkeypatch):
     monkeypatch.setattr(ofql, "ROWS", 17)  # candidates of two rows at once
     assert np.allclose(agent.predict(obs.numpy(), deterministic=True)[0][:, 0], wanted, atol=1e-5)
     single = OFQL("MlpPolicy", log, seed=0, **SMALL | {"policy_kwargs": {"net_arch": (16, 16), "candidates": 1}})
+    mode = single.policy.actor.mode(obs).detach()
+    assert np.allclose(single.predict(obs.numpy(), deterministic=True)[0], mode, atol=1e-5)
     many = np.stack([single.predict(obs.numpy())[0][:, 0] for _ in range(20)])
     chosen = np.stack([agent.predict(obs.numpy())[0][:, 0] for _ in range(20)])
     assert chosen.mean() > many.mean()
