@@ -29,7 +29,7 @@ EFFORT = 0.01
 RELUS, HORIZON, STEPS = 4, 10, 20
 STARTS = torch.tensor([[1.6, 0.0, 1.2], [-1.4, 0.0, -1.0], [0.9, 0.0, 1.3]])
 """Position and speed of the cart, position of the load: touching it from outside twice, in the gap once."""
-PLENTY, SHORT = 10.0, 0.02
+PLENTY, SHORT = 10.0, 0.1
 """Time limits of a plan, seconds."""
 
 
