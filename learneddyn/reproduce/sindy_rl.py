@@ -21,7 +21,7 @@ from learneddyn.runs.online import JUDGE_SEED, learn_online
 from learneddyn.runs.seeds import Notify
 
 ENV = "learneddyn/CartPoleSwingUp-v0"
-STEPS, EPISODES = 4000, 3
+STEPS, EPISODES = 2500, 3
 NAMES = ["x", "q", "v", "w"]
 """Cart position, pole angle from hanging, and their velocities: m, rad, m/s, rad/s."""
 RAIL = 2.0
@@ -30,7 +30,7 @@ LABELS = {"sindy": "SINDy-RL", "sac": "SAC (SB3)", "ppo": "PPO (SB3)"}
 STUDENTS = {
     "clip": "clipped cubic, best of the grid (as in the paper)",
     "tanh": "cubic inside a hyperbolic tangent",
-    "short": "the same, shortest within 50 % of the best error",
+    "short": "quadratic inside the tangent, threshold 0.1",
 }
 
 
@@ -42,9 +42,7 @@ def student(kind: str) -> SparsePolicy:
             return SparsePolicy(angles=angles)
         case "tanh":
             return SparsePolicy(angles=angles, squash="tanh")
-    return SparsePolicy(
-        angles=angles, squash="tanh", thresholds=[0.01, 0.03, 0.1, 0.3], aggregate="median", tolerance=0.5
-    )
+    return SparsePolicy(angles=angles, degree=2, squash="tanh", thresholds=[0.1], ridges=[1e-4])
 
 
 def make(kind: str, seed: int, env: gym.Env[Any, Any]) -> BaseAlgorithm:
@@ -62,8 +60,8 @@ def make(kind: str, seed: int, env: gym.Env[Any, Any]) -> BaseAlgorithm:
         rollout_batch=2000,
         refit_every=200,
         learning_starts=400,
-        gradient_steps=10,
-        batch_size=128,
+        gradient_steps=20,
+        batch_size=256,
         learning_rate=1e-3,
         policy_kwargs={"net_arch": [64, 64]},
         diagnose=False,
@@ -119,13 +117,14 @@ def findings(figures: dict[int, Json]) -> list[Finding]:
     """Judge the returns at the last step against the model-free agents; report the formulas."""
     seeds = list(figures.values())
     last = {kind: [seed["curves"][kind][-1]["return"] for seed in seeds] for kind in LABELS}
+    taken = {kind: marks[-1]["steps"] for kind, marks in seeds[0]["curves"].items()}
     found = [
-        Finding(f"{label}: return at {STEPS:,} real steps", bootstrap_interval(last[kind]), "reported", None)
+        Finding(f"{label}: return at {taken[kind]:,} real steps", bootstrap_interval(last[kind]), "reported", None)
         for kind, label in LABELS.items()
     ]
     for kind in ("sac", "ppo"):
         more = bootstrap_difference(last["sindy"], last[kind], paired=True)
-        found.append(Finding(f"the same, SINDy-RL less {LABELS[kind]}", more, "interval above 0", more.low > 0))
+        found.append(Finding(f"last return, SINDy-RL less {LABELS[kind]}", more, "interval above 0", more.low > 0))
     terms = bootstrap_interval([float(seed["terms"]) for seed in seeds])
     found.append(Finding("terms of the model, all four rows", terms, "reported", None))
     for kind, label in STUDENTS.items():
@@ -173,13 +172,17 @@ CLAIM = Claim(
     "be written as a sparse formula.",
     setting=f"Cart-pole swing-up in MuJoCo, 200 steps of 0.04 s an episode, {STEPS:,} real steps, 400 of them random. "
     "The model is of degree 3 (20 bootstraps, median, threshold 0.001 on changes), refitted every 200 steps without "
-    f"transitions beyond {RAIL:g} m. SAC (2 x 64, 10 updates per step, 5 % real rows) learns from rollouts of 20 steps "
+    f"transitions beyond {RAIL:g} m. SAC (2 x 64, 20 updates per step, 5 % real rows) learns from rollouts of 20 steps "
     "that branch from 2,000 real states per refit (paper: PPO on whole episodes). Beside it SAC and PPO of "
     f"Stable-Baselines3 with their defaults. Judged on {EPISODES} episodes of the deterministic policy; PPO works in "
-    "batches of 2,048 steps. The formulas are cubic, regressed on 5,000 states that the policy visits in the model and "
-    "on two noisy copies of them.",
+    "batches of 2,048 steps, so that it gets 4,096. The formulas are regressed on 5,000 states that the policy visits "
+    "in the model and on two noisy copies of them.",
     measure=measure,
     findings=findings,
     draw=draw,
     table=table,
+    notes="Tried first, on seed 0: 10 updates a step on batches of 128 rows. After 3,500 real steps the policy earned "
+    "64, and 71 in the model, whose error of one step was 6 % of the change of the pole's speed and less elsewhere: "
+    "what lags is the policy's optimisation, not the model (`pets` plans, and earns more). A discount of 0.98 with "
+    "twice the Polyak step and a lower first temperature earned less than 10 after 2,000 steps.",
 )
