@@ -179,8 +179,10 @@ def sampled(model: SparseReLU, seconds: float | None, seed: int) -> Json:
         costs, spent = closed_loop(act)
         return {"costs": costs, "seconds": spent, "candidates": candidates}
 
-    small = loop(500)
-    return small if seconds is None else loop(max(500, int(500 * seconds / small["seconds"])))
+    if seconds is None:
+        return loop(500)
+    pilot = loop(5000)  # few plans cost more apiece
+    return loop(max(500, int(5000 * seconds / pilot["seconds"])))
 
 
 def measure(seed: int, home: Path, notify: Notify) -> Json:
