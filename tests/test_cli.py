@@ -1,5 +1,7 @@
 """The command line from one end to the other, on tiny budgets, and what it says about bad input."""
 
+from pydoc import locate
+
 import gymnasium as gym
 import minari
 import pytest
@@ -8,7 +10,6 @@ import yaml
 from learneddyn import cli
 from learneddyn.cli import main
 from learneddyn.data import collect as collect_steps
-from learneddyn.models import ProbabilisticEnsemble
 
 TINY_MODEL = {"class_path": "ProbabilisticEnsemble", "init_args": {"num_members": 2, "num_elites": 2, "hidden": [8],
               "max_epochs": 2}}  # fmt: skip
@@ -92,7 +93,7 @@ def test_every_preset_parses(path, home, capsys):
     assert all(parsed[name] == value for name, value in given.items() if name not in parts)
     assert all(parsed[part]["init_args"].items() >= given[part]["init_args"].items() for part in parts)
     if "model" in given:
-        ProbabilisticEnsemble(**given["model"]["init_args"])
+        locate(given["model"]["class_path"])(**given["model"]["init_args"])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import json
 from copy import deepcopy
 from pathlib import Path
+from pydoc import locate
 
 import gymnasium as gym
 import pytest
@@ -115,8 +116,8 @@ def test_presets_make_an_agent_for_a_known_task(preset):
     given = yaml.safe_load(preset.read_text())
     assert given["env_id"] in tasks.names()
     env = gym.make(given["env_id"], **given.get("env_kwargs", {}))
-    arguments = (given.get("model") or {}).get("init_args")
-    model = None if arguments is None else ProbabilisticEnsemble(**arguments)
+    model = given.get("model")
+    model = model and locate(model["class_path"])(**model["init_args"])
     kind = getattr(agents, given.get("algorithm", "MBPO"))
     agent = kind("MlpPolicy", env, model=model, device="cpu", **given["algorithm_kwargs"])
     assert agent.work(given["steps"])["updates"] >= 10_000
