@@ -31,7 +31,7 @@ from learneddyn import tasks
 from learneddyn.agents.pets import PETS, described
 from learneddyn.core import Transitions, generator
 from learneddyn.data import collect as collect_steps
-from learneddyn.data import collect_grade, load, load_agent
+from learneddyn.data import collect_grade, load, load_action_free, load_agent
 from learneddyn.data.grades import Grade, algorithms
 from learneddyn.envs import check_settings, first_observations, load_world, save_world, world_names
 from learneddyn.evaluation import Round
@@ -729,7 +729,7 @@ def sweep(
     chosen = seeds or [seed]
     settings = base | {"space": space, "objective": objective, "sampler": sampler, "seeds": chosen}
     folder = RunFolder(out, settings, resume=resume)
-    judge = folder.path / "judge"
+    judge = folder.path.resolve() / "judge"  # Ray's workers stand elsewhere
     if objective == "return_in_model" and not judge.exists():
         model = _default_model(real_id) if model is None else model
         fitted = type(model)(**model.config())
@@ -1021,7 +1021,7 @@ def _env_of(dataset: list[str]) -> str:
     """Return the id of the environment that the first data set was collected in."""
     import minari
 
-    load(dataset[:1], max_episodes=1)  # fetches it, or says why it cannot be had
+    load_action_free(dataset[:1], max_episodes=1)  # fetches it, or says why it cannot be had
     spec = minari.load_dataset(dataset[0]).env_spec
     if spec is None:
         raise ValueError(f"data set {dataset[0]!r} names no environment: pass --env_id, the judge")

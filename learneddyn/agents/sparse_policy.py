@@ -160,7 +160,8 @@ class SparsePolicy(AbstractModel):
         """
         self._require_fitted()
         share = self._squashed(self._terms(obs) @ self.coefficients)
-        return self.low + (0.5 * share + 0.5) * (self.high - self.low)
+        action = self.low + (0.5 * share + 0.5) * (self.high - self.low)
+        return action.clamp(self.low, self.high)  # rounding can lead out of them
 
     def predict(
         self,

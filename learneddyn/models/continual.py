@@ -193,7 +193,7 @@ class AbstractContinual(AbstractModel):
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         try:
             metrics = self._fitted(task, data.to(self.device), rng, progress)
-        except (DataError, FloatingPointError):
+        except BaseException:  # a missing extra or Ctrl-C must not leave half a model either
             self.load_state_dict(before)
             self.spaces = None if fresh else self.spaces
             raise

@@ -452,7 +452,7 @@ class ProbabilisticEnsemble(AbstractDynamics):
                 for rows in (shuffled[held:], shuffled[:held])
             )
             history = self._train(train, test, rng, progress)
-        except (DataError, FloatingPointError):
+        except BaseException:  # Ctrl-C must not leave half a model either
             self.load_state_dict(before)
             self.spaces = None if fresh else self.spaces
             raise

@@ -4,7 +4,7 @@ Sources: Hess, Monfared, Brenner, Durstewitz, "Generalized Teacher Forcing for L
 forcing as in Mikhaeil, Monfared, Durstewitz, "On the difficulty of learning chaotic dynamics with RNNs" (2022). Usable
 for any recurrent model that can begin a latent state, advance it, and force it towards data (`Cell`).
 
-    z_1 = begin(x_1);   z_{t+1} = advance(force(z_t, x_t, alpha), u_t);   loss: x_{t+1} against observe(z_{t+1})
+    z_1 = embed(x_1);   z_{t+1} = advance(force(z_t, x_t, alpha), u_t);   loss: x_{t+1} against observe(z_{t+1})
 
 The loss looks at the state before it is forced; every step of backpropagation meets the factor (1 - alpha), so that the
 product of Jacobians stays bounded for alpha >= 1 - 1 / sigma, sigma bounding their norms. alpha = 1 is one-step
@@ -22,7 +22,7 @@ from torch import Tensor
 class Cell(Protocol):
     """A recurrent model as forcing sees it: latent states z [b, m], standardised observations x [b, d], inputs u."""
 
-    def begin(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b m"]:
+    def embed(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b m"]:
         """Return the latent state of sequences that start at x."""
         ...
 
@@ -58,7 +58,7 @@ def forced_loss(
         alpha: strength of forcing, 0 to 1.
         every: force only at every n-th step (sparse teacher forcing with ``alpha=1``).
     """
-    z = cell.begin(x[:, 0])
+    z = cell.embed(x[:, 0])
     said = []
     for step in range(x.shape[1]):
         if step and alpha and step % every == 0:
@@ -78,7 +78,7 @@ def needed_forcing(cell: Cell, x: Float[Tensor, "b t d"], u: Float[Tensor, "b t 
     def one(z: Tensor, v: Tensor) -> Tensor:
         return cell.advance(z[None], v[None])[0]
 
-    z = cell.begin(x[:, 0])
+    z = cell.embed(x[:, 0])
     logs = []
     for step in range(x.shape[1]):
         z = cell.force(z, x[:, step], 1.0)

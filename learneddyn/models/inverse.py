@@ -147,21 +147,21 @@ class InverseDynamics(AbstractModel):
         fresh = self.spaces is None
         self.check_spaces(data)
         data = data.to(self.low.device)
-        actions = self._scaled(data.action[labelled])
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        if fresh:
-            for weight in self.weights:
-                for net in weight:
-                    nn.init.orthogonal_(net, generator=rng)
-        self._take_scales(data)
-        held = max(1, round(self.holdout_ratio * len(episodes)))
-        out = episodes[torch.randperm(len(episodes), generator=rng, device=rng.device)[:held]]
-        held_out = torch.isin(data.episode[labelled], out)
-        windows = self._windows(data)[labelled]
         try:
-            history = self._train(windows[~held_out], actions[~held_out], windows[held_out], actions[held_out], rng,
-                                  progress)  # fmt: skip
-        except FloatingPointError:
+            actions = self._scaled(data.action[labelled])
+            if fresh:
+                for weight in self.weights:
+                    for net in weight:
+                        nn.init.orthogonal_(net, generator=rng)
+            self._take_scales(data)
+            held = max(1, round(self.holdout_ratio * len(episodes)))
+            out = episodes[torch.randperm(len(episodes), generator=rng, device=rng.device)[:held]]
+            held_out = torch.isin(data.episode[labelled], out)
+            windows = self._windows(data)[labelled]
+            train, test = ((windows[rows], actions[rows]) for rows in (~held_out, held_out))
+            history = self._train(*train, *test, rng, progress)
+        except BaseException:  # Ctrl-C must not leave half a model either
             self.load_state_dict(before)
             self.spaces = None if fresh else self.spaces
             raise

@@ -303,16 +303,23 @@ class KinematicBicycle(AbstractDynamics):
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         held = max(1, int(self.holdout_ratio * len(data)))
         train, test = data[: len(data) - held], data[len(data) - held :]
-        self._initialise(train, rng)
-        history = self._train(train, rng, progress)
-        with torch.no_grad():
-            belief = self._advanced(certain(test.obs), test.action)
-            nll = _nll(belief, test.next_obs, self.cov).mean() / 4
-            mse = (belief.mean - test.next_obs).square().mean()
-        if not bool(nll.isfinite() & mse.isfinite()):
+        try:
+            self._initialise(train, rng)
+            history = self._train(train, rng, progress)
+            with torch.no_grad():
+                belief = self._advanced(certain(test.obs), test.action)
+                nll = _nll(belief, test.next_obs, self.cov).mean() / 4
+                mse = (belief.mean - test.next_obs).square().mean()
+            if not bool(nll.isfinite() & mse.isfinite()):
+                raise FloatingPointError("the likelihood is not finite")
+        except BaseException as error:
             self.load_state_dict(before)
             self.spaces = None if fresh else self.spaces
-            raise FloatingPointError("KinematicBicycle learned something that is not finite: check dt and the units")
+            if isinstance(error, FloatingPointError | torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+                raise FloatingPointError(
+                    f"KinematicBicycle learned something that is not finite ({error}): check dt and the units"
+                ) from error
+            raise
         metrics = {"holdout_nll": float(nll), "holdout_mse": float(mse)}
         metrics |= {"train_rows": float(len(train)), "holdout_rows": float(held)}
         return FitReport(len(history), time.perf_counter() - started, metrics, history)

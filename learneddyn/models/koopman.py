@@ -184,14 +184,24 @@ class Koopman(AbstractRegression):
             out = out.index_copy(1, pair, circle / circle.norm(dim=1, keepdim=True).clamp_min(1e-6))
         return out
 
+    def begin(self, obs: Float[Tensor, "b o"]) -> Float[Tensor, "b m"] | None:
+        """Return the memory of an episode that starts at ``obs``, as if it had long been there; None: none is kept."""
+        now = self.coordinates(obs)
+        if not self.relift:
+            return self.lifted(now)
+        return now.repeat(1, self.delays - 1) if self.delays > 1 else None
+
     def _every(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Tensor | None) -> Answer:
         now = self.coordinates(obs)
+        if memory is None:
+            memory = self.begin(obs)
         if self.relift:
-            past = now.repeat(1, self.delays - 1) if memory is None else memory
+            past = now.new_empty(len(now), 0) if memory is None else memory
             x = torch.cat([now, past], dim=1)
             psi, after = self.lifted(x), x[:, : past.shape[1]] if self.delays > 1 else None
         else:
-            psi, after = self.lifted(now) if memory is None else memory, None
+            assert memory is not None
+            psi, after = memory, None
         driven = self.driven(psi, action)
         psi_next = driven @ self.advance
         mean = self._decoded(psi_next[:, 1 : 1 + now.shape[1]], obs)

@@ -140,7 +140,11 @@ class PLRNN(AbstractRegression):
                     _uniform(self.threshold, self.hidden**-0.5, rng)
             _uniform(self.start, self.start.shape[1] ** -0.5, rng)
 
-    def begin(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b m"]:
+    def begin(self, obs: Float[Tensor, "b d"]) -> Float[Tensor, "b m"]:
+        """Return the memory of an episode that starts at ``obs``."""
+        return self.embed((obs - self.obs_mean) / self.obs_std)
+
+    def embed(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b m"]:
         """Return the latent state of an episode that starts at a standardised observation."""
         return torch.cat([x, x @ self.start.T], dim=1)
 
@@ -171,7 +175,7 @@ class PLRNN(AbstractRegression):
         return torch.cat([on, z @ self.inner.T > 0], dim=1) if self.kind == "clipped" else on
 
     def _every(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Tensor | None) -> Answer:
-        z = self.begin((obs - self.obs_mean) / self.obs_std) if memory is None else memory
+        z = self.begin(obs) if memory is None else memory
         u = (action - self.action_mean) / self.action_std
         after = self.advance(z, u)
         scale, shift = self.obs_std, self.obs_mean
@@ -246,7 +250,7 @@ class PLRNN(AbstractRegression):
     def _remembered(self, data: Transitions) -> Tensor:
         """Return the latent state before every row, forced to the observations of its episode so far."""
         x, u, _ = self._sequences(data)
-        memory = self.begin(x)
+        memory = self.embed(x)
         position = data.positions()
         for step in range(1, int(position.max()) + 1):
             row = (position == step).nonzero().flatten()

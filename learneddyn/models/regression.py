@@ -105,7 +105,7 @@ class AbstractRegression(AbstractDynamics):
             chosen[self._held_out(len(data), held, rng)] = False
             history = self._learn(data, chosen, rng, progress)
             metrics = self._measure(data, ~chosen)
-        except (DataError, FloatingPointError):
+        except BaseException:  # a missing extra or Ctrl-C must not leave half a model either
             self.load_state_dict(before)
             self.spaces = None if fresh else self.spaces
             raise

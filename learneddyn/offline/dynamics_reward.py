@@ -193,7 +193,7 @@ class DynamicsReward(AbstractModel):
             self._fit_scales(data)
             table = self._features(data.obs, data.action, data.next_obs)
             history, generated = self._play(table, rng, progress)
-        except (DataError, FloatingPointError):
+        except BaseException:  # Ctrl-C must not leave half a model either
             self.load_state_dict(before)
             self.spaces = None if fresh else self.spaces
             raise

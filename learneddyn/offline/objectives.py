@@ -63,7 +63,7 @@ def by_return_in_model(judged: Judgement) -> float:
     rows = judged.everything
     begins = rows.obs[rows.positions() == 0]
     some = begins[torch.randperm(len(begins), generator=generator(judged.seed))[:STARTS]]
-    world = World(AbstractDynamics.load(judged.judge), tasks.get(judged.env_id))
+    world = World(AbstractDynamics.load(judged.judge, device=rows.device), tasks.get(judged.env_id))
     return return_in_model(judged.agent, world, some, seed=judged.seed).low
 
 

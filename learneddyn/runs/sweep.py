@@ -150,7 +150,11 @@ def importances(study: Any) -> dict[str, float]:
     """Return the share of the value's variation that each setting explains (PED-ANOVA), {} if it cannot be told."""
     importance = _extra("optuna.importance", "sweep")
     values = {trial.value for trial in trials_of(study) if trial.value is not None}
-    return importance.get_param_importances(study) if len(values) >= 4 else {}
+    return (
+        importance.get_param_importances(study, evaluator=importance.PedAnovaImportanceEvaluator())
+        if len(values) >= 4
+        else {}
+    )
 
 
 def write_summary(folder: Path, title: str, notes: Sequence[str], *, shown: int = 20) -> Path:
