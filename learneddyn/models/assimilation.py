@@ -27,10 +27,10 @@ def enkf_increments(
     """Return the forecast errors that one noisy observation at each end of a step shows, corrected for the gain.
 
     Every row gets an ensemble around its observation with the spread of the observation noise, forecast by ``step``.
-    The analysis moves by gain times innovation; because a filter that trusts model and observation alike recovers only
-    about half of a systematic error, the mean increment is multiplied by the inverse of the rows' mean gain. (The
-    source feeds its filter the truth with fresh noise per member, so that the noise averages out and the gain matters
-    less; a robot's log holds one noisy observation.)
+    The analysis moves by the row's own gain times its innovation; because a filter that trusts model and observation
+    alike recovers only about half of a systematic error, the increments are multiplied by the inverse of the rows'
+    mean gain. (The source feeds its filter the truth with fresh noise per member, so that the noise averages out and
+    the gain matters less; a robot's log holds one noisy observation.)
 
     Args:
         step: the imperfect model, ``(obs [b o], action [b a]) -> next obs [b o]``.
@@ -51,7 +51,7 @@ def enkf_increments(
     forecast = step(start.flatten(0, 1), action.repeat_interleave(members, dim=0)).view(n, members, o)
     mean = forecast.mean(dim=1)
     offset = forecast - mean[:, None]
-    covariance = (offset.transpose(1, 2) @ offset / (members - 1)).mean(dim=0)
-    gain = torch.linalg.solve(covariance + noise.square().diag(), covariance).T
-    increment = (next_obs - mean) @ gain.T
-    return torch.linalg.solve(gain, increment.T).T
+    covariance = offset.transpose(1, 2) @ offset / (members - 1)
+    gain = torch.linalg.solve(covariance + noise.square().diag(), covariance).transpose(1, 2)
+    increment = (gain @ (next_obs - mean)[..., None])[..., 0]
+    return torch.linalg.solve(gain.mean(dim=0), increment.T).T

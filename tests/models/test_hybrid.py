@@ -59,6 +59,10 @@ def test_increments_are_corrected_for_the_gain():
     obs, next_obs = (part + noise * torch.randn(part.shape, generator=rng) for part in (truth, truth + drift))
     found = enkf_increments(lambda s, a: s, obs, torch.zeros(4000, 1), next_obs, noise, rng)
     assert torch.allclose(found.mean(dim=0), drift, atol=0.02)
+    # One gain for all rows would cancel: rows that the model stretches more must trust it less.
+    stretched = enkf_increments(lambda s, a: s + s**2, obs, torch.zeros(4000, 1), next_obs, noise, rng)
+    plain = next_obs - (obs + obs**2)
+    assert (stretched - plain).square().mean() > 0.1 * plain.square().mean()
     with pytest.raises(ValueError, match="noise positive"):
         enkf_increments(lambda s, a: s, obs, torch.zeros(4000, 1), next_obs, torch.zeros(2), rng)
 
