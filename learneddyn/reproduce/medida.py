@@ -162,7 +162,7 @@ CLAIM = Claim(
     findings=findings,
     draw=draw,
     notes="With one honest noisy observation per pair the filter's increments carry the gain; they are divided by its "
-    "mean over the rows. Until 2026-11-22 one gain served all rows and cancelled exactly: an earlier table's row of the "
+    "mean over the rows. Until 2026-11-22 one gain served all rows and cancelled: an earlier table's row of the "
     "filter said nothing. The error counts the true terms only; spurious ones show in the share of runs that name the "
     "terms exactly.",
 )
