@@ -31,6 +31,8 @@ STARTS = torch.tensor([[1.6, 0.0, 1.2], [-1.4, 0.0, -1.0], [0.9, 0.0, 1.3]])
 """Position and speed of the cart, position of the load: touching it from outside twice, in the gap once."""
 PLENTY, SHORT = 10.0, 0.1
 """Time limits of a plan, seconds."""
+SLACK = 1.1
+"""A plan is late when it takes this many time limits: the solver looks at its clock between pieces of work."""
 
 
 def move(
@@ -147,22 +149,33 @@ def closed_loop(act: Callable[[Tensor, Any, bool], tuple[Tensor, Any]]) -> tuple
 
 
 def mixed_integer(model: SparseReLU, spaces: Spaces, limit: float) -> Json:
-    """Return the closed loop of the mixed-integer planner, and how its plans ended."""
-    milp, proven, worse = planner(model, spaces, HORIZON, limit), [], []
+    """Return the closed loop of the mixed-integer planner, and how its plans ended.
+
+    ``stopped``: share of the plans that the time limit ended before the proof; ``fallback``: share that were stopped
+    and are the plan the search began from; ``late``: share that took more than `SLACK` limits; ``longest``: in limits.
+    """
+    milp, stopped, fallback, times = planner(model, spaces, HORIZON, limit), [], [], []
 
     def act(obs: Tensor, state: Any, first: bool) -> tuple[Tensor, Any]:
         plans = []
         for lane, row in enumerate(obs.double().numpy()):
             warm = np.zeros((HORIZON, 1)) if first else state[lane]
             solved = milp.plan(row, warm)
-            proven.append(float(solved.optimal))
-            worse.append(float(solved.cost > milp.cost(row, warm) + 1e-9))
+            stopped.append(not solved.optimal)
+            fallback.append(not solved.optimal and np.array_equal(solved.actions, warm))
+            times.append(solved.seconds / limit)
             plans.append(solved.actions)
         after = [np.concatenate([plan[1:], plan[-1:]]) for plan in plans]
         return torch.tensor(np.stack(plans)[:, 0], dtype=torch.float32), after
 
     costs, seconds = closed_loop(act)
-    return {"costs": costs, "seconds": seconds, "proven": float(np.mean(proven)), "worse": float(np.sum(worse))}
+    shares = {"stopped": stopped, "fallback": fallback, "late": np.array(times) > SLACK}
+    return {
+        "costs": costs,
+        "seconds": seconds,
+        **{name: float(np.mean(values)) for name, values in shares.items()},
+        "longest": max(times),
+    }
 
 
 def sampled(model: SparseReLU, seconds: float | None, seed: int) -> Json:
@@ -225,7 +238,17 @@ def findings(figures: dict[int, Json]) -> list[Finding]:
     clean = over_seeds(lambda e: e["sparse"]["without noise"] / e["dense"]["without noise"])
     encoding, excess = worst(lambda e: e["encoding"]), worst(lambda e: max(abs(x) for x in e["excess"]))
     ratio = over_seeds(lambda e: cost(e, "MILP") / cost(e, "CEM"))
-    worse = worst(lambda e: e["MILP, short"]["worse"])
+    milliseconds = f"{1000 * SHORT:.0f} ms"
+    ends = [
+        Finding(f"plans in {text}: {what}", over_seeds(lambda e, n=name, k=key: e[n][k]), "", None)
+        for name, text in (("MILP, short", milliseconds), ("MILP", f"{PLENTY:.0f} s"))
+        for key, what in (
+            ("stopped", "share that the limit stopped before the proof"),
+            ("fallback", "share that fell back on the plan they began from"),
+            ("late", f"share over {SLACK:g} times the limit"),
+            ("longest", "longest, in limits"),
+        )
+    ]
     return [
         Finding("share of the ReLUs that are gone", gone, "at least 0.5", gone.value >= 0.5),
         Finding("RMSE on held-out logs, sparse / dense", error, "at most 1.5", error.value <= 1.5),
@@ -235,15 +258,12 @@ def findings(figures: dict[int, Json]) -> list[Finding]:
         Finding("closed-loop cost, MILP / CEM with the same CPU time", ratio, "at most 1.02", ratio.value <= 1.02),
         Finding("closed-loop cost, MILP", over_seeds(lambda e: cost(e, "MILP")), "", None),
         Finding(
-            f"closed-loop cost, MILP stopped after {1000 * SHORT:.0f} ms",
+            f"closed-loop cost, MILP with {milliseconds} per plan",
             over_seeds(lambda e: cost(e, "MILP, short")),
             "",
             None,
         ),
-        Finding("stopped plans that cost more than the plan they began from", worse, "0", worse.value == 0),
-        Finding(
-            "plans proven optimal when stopped so early", over_seeds(lambda e: e["MILP, short"]["proven"]), "", None
-        ),
+        *ends,
         Finding("closed-loop cost, CEM with 5 x 500 plans", over_seeds(lambda e: cost(e, "CEM, small")), "", None),
         Finding("CPU seconds per decision, MILP", over_seeds(lambda e: e["MILP"]["seconds"]), "", None),
         Finding("CPU seconds per decision, CEM beside it", over_seeds(lambda e: e["CEM"]["seconds"]), "", None),
@@ -285,7 +305,8 @@ CLAIM = Claim(
     setting="A cart that drags a load through a gap of 1 m (3 observations, one force, noise on the speed); 2 x 32 "
     f"hidden units, at most {RELUS} ReLUs, {HORIZON} steps of planning, absolute costs, HiGHS. The paper has pushing, "
     "sorting and rope, Gym's cart-pole and reacher, quadratic costs and Gurobi. CEM (5 iterations) gets as many plans "
-    "as take the CPU time of the mixed-integer planner, all starts in one batch, on the same network.",
+    "as take the CPU time of the mixed-integer planner, all starts in one batch, on the same network. Time limits are "
+    "of the wall clock, for each plan alone.",
     measure=measure,
     findings=findings,
     draw=draw,
