@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from learneddyn.core import ActionFn, Dynamics, Penalty, State, Transitions
+from learneddyn.models.windows import remaining
 from learneddyn.world import PENALTIES, Divergence, World, mean
 
 MOST = 2000
@@ -164,9 +165,9 @@ def depth_error(
     Returns:
         Figures, and the root mean squared error at every depth.
     """
-    remaining = _remaining(fresh)
-    depth = min(depth, int(remaining.max()))
-    rows = _some((remaining >= depth).nonzero().flatten())
+    left = remaining(fresh)
+    depth = min(depth, int(left.max()))
+    rows = _some((left >= depth).nonzero().flatten())
     moving = scale.isfinite()
     state = State(fresh.obs[rows], torch.zeros_like(rows))
     errors: list[float] = []
@@ -188,25 +189,17 @@ def return_gap(
 
     Windows that a time-out or the end of the data cuts short do not count; nothing is returned where all are.
     """
-    remaining, index = _remaining(fresh), torch.arange(len(fresh), device=fresh.device)
-    whole = (remaining >= depth) | fresh.terminated[index + remaining - 1]
+    left, index = remaining(fresh), torch.arange(len(fresh), device=fresh.device)
+    whole = (left >= depth) | fresh.terminated[index + left - 1]
     starts = _some(whole.nonzero().flatten())
     if not len(starts):
         return {}
     total = torch.cat([fresh.reward.new_zeros(1, dtype=torch.float64), fresh.reward.double().cumsum(0)])
-    real = total[starts + remaining[starts].clamp_max(depth)] - total[starts]
+    real = total[starts + left[starts].clamp_max(depth)] - total[starts]
     plain = World(world.dynamics, world.task, sampler=world.sampler, trust=world.trust, halt_reward=world.halt_reward)
     rows = plain.rollout(fresh.obs[starts], policy, depth, rng)
     imagined = torch.zeros_like(real).index_add_(0, rows.episode, rows.reward.double())
     return {"imagined/return": float(imagined.mean()), "real/return": float(real.mean())}
-
-
-def _remaining(data: Transitions) -> Int[Tensor, " n"]:
-    """Return how many rows of the same unbroken stretch are left, this one included."""
-    linked = (data.episode[1:] == data.episode[:-1]) & (data.obs[1:] == data.next_obs[:-1]).all(dim=1)
-    rows = torch.arange(len(data), device=data.device)
-    ends = torch.cat([~linked, linked.new_ones(1)]).nonzero().flatten()
-    return ends[torch.searchsorted(ends, rows)] - rows + 1
 
 
 def _some(rows: Int[Tensor, " n"]) -> Int[Tensor, " m"]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from learneddyn.core import Json, Transitions
 from learneddyn.evaluation.returns import unpenalised
 from learneddyn.evaluation.stats import plain
+from learneddyn.models.windows import remaining
 from learneddyn.world import World
 
 
@@ -169,7 +170,7 @@ def longest_window(data: Transitions, *, windows: int = 1) -> int:
     """
     if windows < 1:
         raise ValueError(f"windows must be at least 1, got {windows}")
-    return int(_remaining(data).sort(descending=True).values[windows - 1]) if len(data) >= windows else 0
+    return int(remaining(data).sort(descending=True).values[windows - 1]) if len(data) >= windows else 0
 
 
 def windows_of(
@@ -177,8 +178,7 @@ def windows_of(
 ) -> Windows:
     """Draw stretches of logged episodes, without replacement.
 
-    A stretch is unbroken where the episode stays the same and each ``next_obs`` is the ``obs`` of the following row,
-    so rows dropped from a log are never bridged.
+    See `learneddyn.models.windows` for what a stretch is; rows dropped from a log are never bridged.
 
     Args:
         data: logged experience.
@@ -194,17 +194,17 @@ def windows_of(
     """
     if horizon < 1 or windows < 1:
         raise ValueError(f"horizon and windows must be at least 1, got horizon={horizon}, windows={windows}")
-    remaining = _remaining(data.check())
-    if horizon > int(remaining.max()):
+    left = remaining(data.check())
+    if horizon > int(left.max()):
         raise ValueError(
             f"no window of {horizon} consecutive steps: the longest unbroken stretch of one episode has "
-            f"{int(remaining.max())}; use horizon <= {int(remaining.max())} or longer held-out episodes"
+            f"{int(left.max())}; use horizon <= {int(left.max())} or longer held-out episodes"
         )
-    rows = (remaining >= (horizon if full else 1)).nonzero().flatten()
+    rows = (left >= (horizon if full else 1)).nonzero().flatten()
     shuffled = torch.randperm(len(rows), generator=rng, device=rng.device).to(rows.device)
     rows = rows[shuffled[:windows]].sort().values
     steps = torch.arange(horizon, device=rows.device)
-    alive = steps < remaining[rows, None]
+    alive = steps < left[rows, None]
     index = torch.where(alive, rows[:, None] + steps, rows[:, None])
     return Windows(
         data.obs[rows],
@@ -373,14 +373,6 @@ def _compare(
         reward_scale=float(reference.reward.double().std(correction=0)),
         termination=_confusion(ended, log.terminated, log.alive),
     )
-
-
-def _remaining(data: Transitions) -> Int[Tensor, " n"]:
-    """Rows from here to the end of the unbroken stretch, this one included."""
-    linked = (data.episode[1:] == data.episode[:-1]) & (data.obs[1:] == data.next_obs[:-1]).all(dim=1)
-    rows = torch.arange(len(data), device=data.device)
-    ends = torch.cat([~linked, torch.ones(1, dtype=torch.bool, device=data.device)]).nonzero().flatten()
-    return ends[torch.searchsorted(ends, rows)] - rows + 1
 
 
 def _rmse(error: Float[Tensor, "w h o"], alive: Bool[Tensor, "w h 1"]) -> Float[np.ndarray, "h o"]:

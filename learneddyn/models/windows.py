@@ -1,21 +1,43 @@
-"""Windows of consecutive rows within one episode: what losses over several steps are computed on."""
+"""Windows of consecutive rows of one unbroken stretch: what memories grow along and long losses are computed on.
+
+A stretch is unbroken where the episode stays the same and each ``next_obs`` is the ``obs`` of the following row, so
+rows that were dropped from a log are never bridged.
+"""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from learneddyn.core import Transitions
 
 
+def linked(data: Transitions) -> Bool[Tensor, " n"]:
+    """Return which rows go on from the row before them; the first row does not."""
+    after = (data.episode[1:] == data.episode[:-1]) & (data.obs[1:] == data.next_obs[:-1]).all(dim=1)
+    return torch.cat([after.new_zeros(min(1, len(data))), after])
+
+
+def remaining(data: Transitions) -> Int[Tensor, " n"]:
+    """Return how many rows of the same unbroken stretch are left, this one included."""
+    row = torch.arange(len(data), device=data.device)
+    ends = torch.cat([~linked(data)[1:], torch.ones(1, dtype=torch.bool, device=data.device)]).nonzero().flatten()
+    return ends[torch.searchsorted(ends, row)] - row + 1
+
+
+def elapsed(data: Transitions) -> Int[Tensor, " n"]:
+    """Return how many rows of the same unbroken stretch stand before each row."""
+    row = torch.arange(len(data), device=data.device)
+    return row if not len(data) else row - torch.where(linked(data), 0, row).cummax(dim=0).values
+
+
 def longest_window(data: Transitions, window: int) -> int:
-    """Return ``window``, or the rows of the longest episode where those are fewer."""
-    return min(window, int(data.episode.unique_consecutive(return_counts=True)[1].max()))
+    """Return ``window``, or the rows of the longest unbroken stretch where those are fewer."""
+    return min(window, int(remaining(data).max()))
 
 
 def window_starts(data: Transitions, window: int) -> Int[Tensor, " w"]:
-    """Return the rows from which ``window`` steps stay within one episode."""
-    row = torch.arange(max(0, len(data) - window + 1), device=data.device)
-    return row[data.episode[row] == data.episode[row + window - 1]]
+    """Return the rows from which ``window`` steps stay within one unbroken stretch."""
+    return (remaining(data) >= window).nonzero().flatten()
 
 
 def windows(part: Float[Tensor, "n c"], starts: Int[Tensor, " w"], window: int) -> Float[Tensor, "w t c"]:
