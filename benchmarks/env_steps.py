@@ -7,7 +7,8 @@ is fitted for one epoch: its quality plays no part. A row is an environment step
 drawn beforehand; episodes end and restart as they do in training. `mujoco.rollout` is open-loop physics only: no
 observation, reward or termination.
 
-The second table is the time per call that an interface adds: the same step calls on a world that computes nothing.
+The second table is the time per call that an interface adds: the same step calls on a world that computes nothing,
+beside the NumPy calls that no vector environment can leave out.
 """
 
 import warnings
@@ -82,6 +83,22 @@ def interfaces(world: Any, lanes: int) -> list[Contestant]:
     sb3.reset()
     field.append(Contestant("LearnedVecEnv (SB3)", lanes_of(lanes), lanes, _stepping(sb3.step, actions)))
     return field
+
+
+def copies(spaces: Spaces, lanes: int) -> Contestant:
+    """What no vector environment can leave out: is every action within bounds? Then results in fresh NumPy memory."""
+    rng = np.random.default_rng(0)
+    low, high = spaces.action.low.min(), spaces.action.high.max()
+    actions = [rng.uniform(low, high, (lanes, spaces.action_dim)).astype(np.float32) for _ in range(64)]
+    obs, reward = torch.zeros(lanes, spaces.obs_dim), torch.zeros(lanes)
+
+    def step(action: np.ndarray) -> tuple[Any, ...]:
+        assert np.minimum.reduce(action, axis=None) >= low
+        assert np.maximum.reduce(action, axis=None) <= high
+        flags = np.zeros(lanes, np.bool_)
+        return np.array(obs.numpy(), spaces.observation.dtype), reward.numpy().astype(np.float64), flags
+
+    return Contestant("check and copies alone fp32", lanes_of(lanes), lanes, _stepping(step, actions))
 
 
 def bare_world(name: str, world: World, lanes: int) -> Contestant:
@@ -177,6 +194,7 @@ def measure(turns: Turns) -> list[Row]:
         field += interfaces(world, lanes)
     rows = turns.contest(STEPS, field)
     empty = [one for lanes in LANES for one in interfaces(NullWorld(world.spaces, lanes), lanes)]
+    empty += [copies(world.spaces, lanes) for lanes in LANES[1:]]
     return rows + absent + turns._replace(seconds=min(turns.seconds, 0.1)).contest(INTERFACE, empty)
 
 

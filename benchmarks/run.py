@@ -3,9 +3,9 @@
     python benchmarks/run.py [--only rollout sac] [--seconds 0.2] [--rounds 5] [--out benchmarks/results.md]
 
 Every script runs in a process of its own: first on one thread, pinned to one core, then, where threads matter, on two,
-then on a GPU where there is one. Peers that are not installed are shown as such; a script that fails is named, the
-others still count, and the exit code is 1. ``make bench`` installs the peers and runs this, in ten minutes on two quiet
-cores.
+then on a GPU where there is one. The page is written anew after each. Peers that are not installed are shown as such; a
+script that fails is named, the others still count, and the exit code is 1. ``make bench`` installs the peers and runs
+this, in ten minutes on two quiet cores.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -105,7 +105,7 @@ GOALS = [
     Goal("Imagination with the policy in the loop", "20000 starts x 5 steps", "fp32", "mbrl-lib", 2),
     Goal("CEM plan at equal budget", "400 plans x 30 steps x 20 particles", "fp32", "mbrl-lib", 1.5),
     Goal("CEM plan at equal budget", "400 plans x 30 steps x 20 particles", "bf16", "mbrl-lib", 2.7),
-    Goal("A step of control by iCEM", "100 plans x 30 steps x 5 particles", "fp32", "us", 100_000),
+    Goal("A step of control by iCEM", "100 plans x 30 steps x 5 particles", "bf16", "us", 100_000),
     Goal("Environment steps", "4096 lanes", "World.step", "gym.make", 12),
     Goal("Environment steps", "4096 lanes", "World.step bf16", "gym.make", 12),
     Goal("An interface alone, on a world that computes nothing", "256 lanes", "LearnedVectorEnv", "us", 10),
@@ -120,10 +120,8 @@ GOALS = [
 ]
 
 
-def play(setting: Setting, seconds: float, rounds: int) -> tuple[list[Row], list[str]]:
-    """Run the scripts of a setting; return their rows, and what failed."""
-    rows: list[Row] = []
-    failed: list[str] = []
+def play(setting: Setting, seconds: float, rounds: int) -> Iterator[tuple[list[Row], list[str]]]:
+    """Run the scripts of a setting; after each, yield its rows, and what failed."""
     environment = os.environ | {f"{name}_NUM_THREADS": str(setting.threads) for name in ("OMP", "MKL", "OPENBLAS")}
     with tempfile.TemporaryDirectory() as folder:
         for script in setting.scripts:
@@ -135,10 +133,9 @@ def play(setting: Setting, seconds: float, rounds: int) -> tuple[list[Row], list
             print(f"{setting.title}: {script}, {time.perf_counter() - begun:.0f} s", flush=True)
             if done.returncode:
                 print(done.stderr, file=sys.stderr)
-                failed.append(f"{script} ({setting.title}): {done.stderr.strip().splitlines()[-1]}")
+                yield [], [f"{script} ({setting.title}): {done.stderr.strip().splitlines()[-1]}"]
             else:
-                rows += [Row(**row) for row in json.loads(target.read_text())]
-    return rows, failed
+                yield [Row(**row) for row in json.loads(target.read_text())], []
 
 
 def machine() -> list[str]:
@@ -211,15 +208,16 @@ def main() -> None:
     settings = [Setting("one thread", 1, "cpu", ONE_THREAD), Setting("two threads", 2, "cpu", TWO_THREADS)]
     if torch.cuda.is_available():
         settings.append(Setting("GPU", 1, "cuda", ON_GPU))
-    load = [f"{os.getloadavg()[0]:.1f}"]
+    before = f"{os.getloadavg()[0]:.1f}"
     played: dict[Setting, list[Row]] = {}
     failed: list[str] = []
     for setting in settings:
         chosen = setting._replace(scripts=tuple(name for name in setting.scripts if name in args.only))
-        played[chosen], bad = play(chosen, args.seconds, args.rounds)
-        failed += bad
-    load.append(f"{os.getloadavg()[0]:.1f}")
-    args.out.write_text(page(played, failed, load))
+        played[chosen] = []
+        for rows, bad in play(chosen, args.seconds, args.rounds):
+            played[chosen] += rows
+            failed += bad
+            args.out.write_text(page(played, failed, (before, f"{os.getloadavg()[0]:.1f}")))
     print(f"wrote {args.out}")
     sys.exit(1 if failed else 0)
 
