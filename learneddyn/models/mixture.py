@@ -29,12 +29,16 @@ _JITTER = 1e-4
 class MixER(AbstractRegression):
     """One network per family of systems; every environment has a context vector, and a gate sends it to one network.
 
-    The members of the model are the environments it was fitted on: `predict` answers for each, and a World with the
-    sampler ``tsinf`` plays every lane in an environment of its own. Experts see observation, action and context, and
-    begin equal; contexts begin at zero. Contexts and experts learn by gradient, each environment through its expert
-    only. The gate does not: every ``gate_every`` updates the contexts are clustered (k-means with L1 distances), every
-    cluster gets the expert that fits it best (one to one, median loss), and the gate ``softmax(W [context, 1])`` is a
-    least-squares fit to that. Where no clustering converges with contexts in every cluster, the gate stays as it is.
+    The members of the model are the environments it was fitted on, all of them elites: `predict` answers for each, a
+    World with the sampler ``tsinf`` plays every lane in an environment of its own, and members disagree where the
+    environments differ, whether or not the model is in doubt. `on` hands out the dynamics of one environment,
+    `adapted` those of a new one; both have one member.
+
+    Experts see observation, action and context, and begin equal; contexts begin at zero. Contexts and experts learn by
+    gradient, each environment through its expert only. The gate does not: every ``gate_every`` updates the contexts
+    are clustered (k-means with L1 distances), every cluster gets the expert that fits it best (one to one, median
+    loss), and the gate ``softmax(W [context, 1])`` is a least-squares fit to that. Where no clustering converges with
+    contexts in every cluster, the gate stays as it is.
 
     Rows belong to environments by episode: environment i holds the next ``environments[i]`` episodes of the data, in
     their order; an integer deals the episodes evenly. The source reports that with much data of closely related
@@ -273,6 +277,30 @@ class MixER(AbstractRegression):
         nll = (0.5 * (error / floor).square() + floor.log()).mean() + 0.5 * torch.tensor(torch.pi * 2).log()
         return {"holdout_mse": float(error.square().mean()), "holdout_nll": float(nll)}
 
+    @torch.no_grad()
+    def on(self, environment: int) -> "MixER":
+        """Return one environment's dynamics as they are now: a copy of one member, which later learning leaves alone.
+
+        Args:
+            environment: in the order of the data, from 0; `environment_of` tells the one of a row.
+
+        Raises:
+            ValueError: the model has not been fitted, or has no such environment.
+        """
+        self._require_fitted()
+        if not 0 <= environment < self.num_members:
+            raise ValueError(
+                f"environment must be one of the {self.num_members} it was fitted on, 0 first, got {environment}"
+            )
+        assert self.spaces is not None
+        model = MixER(**(self.config() | {"environments": 1}))
+        model._build(self.spaces)
+        model.spaces, model.source = self.spaces, self.source
+        one = {name: getattr(self, name)[environment : environment + 1] for name in ("contexts", "noise")}
+        elites = {"_elites": torch.zeros_like(self._elites[:1])}
+        model.load_state_dict(self.state_dict() | one | elites)
+        return model.to(self._elites.device)
+
     def adapted(self, data: Transitions, *, rng: torch.Generator, updates: int = 300) -> "MixER":
         """Return a model of one new environment: the experts stay as they are, only a context is learned.
 
@@ -293,19 +321,12 @@ class MixER(AbstractRegression):
             raise DataError(f"adapted needs at least 2 transitions, got {len(data)}")
         if self.spaces is None or data.spaces != self.spaces:
             raise ValueError(f"this model was fitted on {self.spaces}, the data has {data.spaces}")
-        model = MixER(**(self.config() | {"environments": 1}))
-        model._build(self.spaces)
-        model.spaces, model.source = self.spaces, data.source
-        own = ("contexts", "noise", "_elites")
-        kept = {name: tensor.clone() for name, tensor in self.state_dict().items() if name not in own}
-        model.load_state_dict(kept, strict=False)
-        model.to(self._elites.device)
         held = torch.zeros(len(data), dtype=torch.bool, device=data.device)
         held[torch.randperm(len(data), generator=rng, device=rng.device)[: max(1, len(data) // 10)]] = True
         seen = data[~held]
         with torch.no_grad():
             closest = int(self._losses(self.routes, self.contexts, seen).argmin())
-            expert = self.routes[closest : closest + 1]
+        model, expert = self.on(closest), self.routes[closest : closest + 1]
         context = self.contexts[closest : closest + 1].detach().clone().requires_grad_()
         optimizer = torch.optim.Adam([context], _ADAPTATION)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
@@ -315,6 +336,7 @@ class MixER(AbstractRegression):
             schedule.step()
         with torch.no_grad():
             model.contexts.copy_(context)
+            model.source = data.source
             model.gate.zero_()
             model.gate[-1, expert] = 1.0
         model._measure(data, held)

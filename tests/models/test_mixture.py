@@ -10,7 +10,7 @@ from learneddyn.core import DataError, generator
 from learneddyn.models import MixER
 from learneddyn.models.mixture import _assigned, _far_apart
 from learneddyn.reproduce import mixer
-from learneddyn.testing import example_transitions
+from learneddyn.testing import check_dynamics, example_transitions
 
 KNOWN = [
     (name, low + share * (high - low)) for name, (low, high) in mixer.FAMILIES.items() for share in (0.2, 0.5, 0.8)
@@ -37,6 +37,28 @@ def test_a_row_is_answered_by_its_own_environment(fitted):
     every = fitted.predict(data.obs, data.action).mean
     own = fitted.sample(data.obs, data.action, member, generator(0), noise=False).next_obs
     assert torch.allclose(own, every[member, torch.arange(36)], atol=1e-5)
+
+
+def test_one_environment_is_handed_out_as_a_model_of_its_own(fitted, tmp_path):
+    data = mixer.log(KNOWN, 3, generator(1))
+    whole = fitted.predict(data.obs, data.action)
+    for environment in (0, 4, 8):
+        one = fitted.on(environment).predict(data.obs, data.action)
+        assert one.elites.tolist() == [0]
+        assert torch.allclose(one.mean[0], whole.mean[environment], atol=1e-6)
+        assert torch.equal(one.std[0], whole.std[environment])
+    model = fitted.on(8)
+    model.save(tmp_path / "model")
+    assert torch.equal(MixER.load(tmp_path / "model").predict(data.obs, data.action).mean, one.mean)
+    check_dynamics(model, data)
+    with torch.no_grad():
+        model.contexts.add_(1.0)
+    assert torch.equal(fitted.predict(data.obs, data.action).mean, whole.mean), "it is a copy"
+    for wrong in (-1, 9):
+        with pytest.raises(ValueError, match=f"one of the 9 it was fitted on, 0 first, got {wrong}"):
+            fitted.on(wrong)
+    with pytest.raises(ValueError, match="has not been fitted"):
+        MixER().on(0)
 
 
 def test_adapting_learns_a_context_and_nothing_else(fitted):
