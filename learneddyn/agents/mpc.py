@@ -12,6 +12,7 @@ from stable_baselines3.common.utils import is_vectorized_observation
 from torch import Tensor
 
 from learneddyn.core import generator
+from learneddyn.models import AbstractDynamics
 from learneddyn.planners import AbstractPlanner, PlanState
 from learneddyn.spaces import decode, encode
 from learneddyn.world import World
@@ -33,7 +34,7 @@ class MPC:
 
     Args:
         world: where to plan; its penalty counts. Action spaces: a Box with finite bounds, or Discrete with a planner
-            for discrete actions. Models with memory start every plan without it.
+            for discrete actions. What a model remembers of the real steps so far travels in ``state`` too.
         planner: how to plan.
         particles: imagined futures per plan, see `World.returns`.
         budget_ms: time for one `predict`, milliseconds. No iteration begins that would, as long as the longest one so
@@ -104,35 +105,54 @@ class MPC:
         many = is_vectorized_observation(observation, space)  # type: ignore[arg-type]  # dicts too
         batch: Any = observation if many else _one(observation)
         obs = torch.as_tensor(encode(space, batch), device=self.device)
-        before = self._resumed(len(obs), state, episode_start)
+        before, memory = self._resumed(obs, state, episode_start)
         history = (0, int(before.step.max())) if deterministic else (1, next(self._calls))
         seeds = np.random.SeedSequence((self.seed, *history)).generate_state(2)
         # Apart, because a world draws more numbers for more lanes and would set the planner's draws off.
         planning, imagining = (generator(int(seed), self.device) for seed in seeds)
 
         def score(plans: Float[Tensor, "b s h a"]) -> Float[Tensor, "b s"]:
-            return self.world.returns(obs, plans, imagining, self.particles, self.chunk)
+            return self.world.returns(obs, plans, imagining, self.particles, self.chunk, memory)
 
         with torch.no_grad():
             plan, after = self.planner.plan(score, before, self._low, self._high, planning, deadline)
+            carried = () if memory is None else (self._remembering(obs, plan[:, 0], memory),)
         action = decode(self.world.spaces.action, plan[:, 0].cpu().numpy())
-        return action if many else np.asarray(action[0]), tuple(part.cpu().numpy() for part in after)
+        return action if many else np.asarray(action[0]), tuple(part.cpu().numpy() for part in (*after, *carried))
 
-    def _resumed(self, lanes: int, state: tuple[np.ndarray, ...] | None, episode_start: np.ndarray | None) -> PlanState:
-        """Return the planning state of every lane, afresh where an episode starts."""
+    def _remembering(self, obs: Tensor, action: Tensor, memory: Tensor) -> Float[Tensor, "b m"]:
+        """Return what the model remembers after the step that is taken for real."""
+        after = self.world.dynamics.predict(obs, action, memory).memory
+        return memory if after is None else after
+
+    def _resumed(
+        self, obs: Float[Tensor, "b o"], state: tuple[np.ndarray, ...] | None, episode_start: np.ndarray | None
+    ) -> tuple[PlanState, Float[Tensor, "b m"] | None]:
+        """Return the planning state and the model's memory of every lane, afresh where an episode starts."""
+        lanes, dynamics = len(obs), self.world.dynamics
         fresh = self.planner.start(lanes, self._low, self._high)
+        begun = dynamics.begin(obs) if isinstance(dynamics, AbstractDynamics) else None
         if state is None:
-            return fresh
-        resumed = PlanState(*(torch.as_tensor(part, device=self.device) for part in state))
+            return fresh, begun
+        parts = [torch.as_tensor(part, device=self.device) for part in state]
+        known = len(PlanState._fields)
+        if len(parts) != known + (begun is not None):
+            raise ValueError(f"the state must hold {known + (begun is not None)} arrays for this MPC, got {len(parts)}")
+        resumed, memory = PlanState(*parts[:known]), None if begun is None else parts[known]
         for name, got, want in zip(PlanState._fields, resumed, fresh, strict=True):
             if got.shape != want.shape:
                 raise ValueError(
                     f"the planning state '{name}' must have shape {tuple(want.shape)} for {lanes} lanes and this "
                     f"planner, got {tuple(got.shape)}"
                 )
+        if memory is not None and begun is not None and memory.shape != begun.shape:
+            raise ValueError(f"the model's memory must have shape {tuple(begun.shape)}, got {tuple(memory.shape)}")
         if episode_start is None:
-            return resumed
-        return resumed.restarted(torch.as_tensor(episode_start, dtype=torch.bool, device=self.device), fresh)
+            return resumed, memory
+        started = torch.as_tensor(episode_start, dtype=torch.bool, device=self.device)
+        if memory is not None and begun is not None:
+            memory = torch.where(started[:, None], begun, memory)
+        return resumed.restarted(started, fresh), memory
 
 
 class _Deadline:

@@ -208,7 +208,8 @@ class LearnedVectorEnv(VectorEnv[Any, Any, Any]):
         state.member[rows] = fresh.member
         if state.memory is not None:
             begin = getattr(self.world.dynamics, "begin", None)
-            state.memory[rows] = 0.0 if begin is None else begin(fresh.obs)
+            begun = None if begin is None else begin(fresh.obs)
+            state.memory[rows] = 0.0 if begun is None else begun
         self._deadline[lanes] = self._clock + self.horizon
         self._next_deadline = int(self._deadline.min())
 

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from learneddyn.core import Dynamics, Json, Transitions
-from learneddyn.evaluation.fidelity import open_loop, varying_scale, windows_of
+from learneddyn.evaluation.fidelity import memory_of, rolled, varying_scale, windows_of
 from learneddyn.evaluation.stats import plain
 from learneddyn.world import World
 
@@ -155,7 +155,7 @@ def sample_pit(y: Float[Tensor, "*b"], samples: Float[Tensor, "s *b"], rng: torc
 def one_step_calibration(
     dynamics: Dynamics, data: Transitions, *, device: torch.device | str = "cpu", batch: int = 16_384
 ) -> Calibration:
-    """Judge the one-step mixture of the elites on held-out rows.
+    """Judge the one-step mixture of the elites on held-out rows, with the memory of what came before them.
 
     Args:
         dynamics: a fitted model.
@@ -168,11 +168,13 @@ def one_step_calibration(
     """
     data = data.check().to(device)
     parts: list[tuple[Tensor, ...]] = []
+    memory = memory_of(dynamics, data)
     for i in range(0, len(data), batch):
-        prediction = dynamics.predict(data.obs[i : i + batch], data.action[i : i + batch])
+        rows = slice(i, i + batch)
+        prediction = dynamics.predict(data.obs[rows], data.action[rows], None if memory is None else memory[rows])
         mean, std = (part[prediction.elites].double() for part in (prediction.mean, prediction.std))
         std = std.clamp_min(torch.finfo(torch.float32).tiny)
-        truth = data.next_obs[i : i + batch].double()
+        truth = data.next_obs[rows].double()
         overall = (std.square().mean(dim=0) + mean.var(dim=0, correction=0)).sqrt()
         pit = normal_cdf((truth - mean) / std).mean(dim=0)
         parts.append((mixture_nll(truth, mean, std), mixture_crps(truth, mean, std), overall, pit))
@@ -215,10 +217,9 @@ def cloud_calibration(
     if samples < 2:
         raise ValueError(f"a cloud needs at least two samples, got {samples}")
     data = data.to(rng.device)
-    log = windows_of(data, ahead[-1], rng=rng, windows=windows)
-    rolled = open_loop(world, log.start.repeat(samples, 1), log.action.repeat(samples, 1, 1), rng)
+    log = windows_of(data, ahead[-1], rng=rng, windows=windows, dynamics=world.dynamics)
     steps = torch.tensor(ahead, device=rng.device) - 1
-    cloud = rolled.obs[:, steps].reshape(samples, len(log.start), len(ahead), -1).double()
+    cloud = rolled(world, log, samples, rng).obs[:, steps].reshape(samples, len(log.start), len(ahead), -1).double()
     cloud = cloud.clamp(-_FAR, _FAR)
     truth = log.next_obs[:, steps].double()
     mean, std = cloud.mean(dim=0), cloud.std(dim=0).clamp_min(torch.finfo(torch.float32).tiny)

@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from learneddyn.core import Json, Transitions
+from learneddyn.core import Dynamics, Json, Transitions
 from learneddyn.evaluation.returns import unpenalised
 from learneddyn.evaluation.stats import plain
+from learneddyn.models.base import AbstractDynamics
 from learneddyn.models.windows import remaining
 from learneddyn.world import World
 
@@ -25,6 +26,8 @@ class Windows(NamedTuple):
     """Stretches of logged episodes: row w begins at ``start[w]``; entries where ``alive`` is False are padding."""
 
     start: Float[Tensor, "w o"]
+    memory: Float[Tensor, "w m"] | None
+    """What the model to be judged remembers at the start."""
     action: Float[Tensor, "w h a"]
     next_obs: Float[Tensor, "w h o"]
     reward: Float[Tensor, "w h"]
@@ -174,7 +177,13 @@ def longest_window(data: Transitions, *, windows: int = 1) -> int:
 
 
 def windows_of(
-    data: Transitions, horizon: int, *, rng: torch.Generator, windows: int = 1000, full: bool = True
+    data: Transitions,
+    horizon: int,
+    *,
+    rng: torch.Generator,
+    windows: int = 1000,
+    full: bool = True,
+    dynamics: Dynamics | None = None,
 ) -> Windows:
     """Draw stretches of logged episodes, without replacement.
 
@@ -187,6 +196,7 @@ def windows_of(
         windows: at most so many.
         full: only windows of the whole length. Otherwise every row may begin one, and windows reach to the end of
             their episode: that keeps the rows before terminations, and the windows behind large horizons become fewer.
+        dynamics: the model to be judged, for what it remembers where a window begins.
 
     Raises:
         ValueError: horizon or windows below 1, or no stretch as long as the horizon.
@@ -206,8 +216,10 @@ def windows_of(
     steps = torch.arange(horizon, device=rows.device)
     alive = steps < left[rows, None]
     index = torch.where(alive, rows[:, None] + steps, rows[:, None])
+    memory = None if dynamics is None else memory_of(dynamics, data)
     return Windows(
         data.obs[rows],
+        None if memory is None else memory[rows],
         data.action[index],
         data.next_obs[index],
         data.reward[index],
@@ -216,11 +228,22 @@ def windows_of(
     )
 
 
+def memory_of(dynamics: Dynamics, data: Transitions) -> Float[Tensor, "n m"] | None:
+    """Return what a model remembers before each row; None without memory, and for models that only a world knows."""
+    return dynamics.remembered(data) if isinstance(dynamics, AbstractDynamics) else None
+
+
 @torch.no_grad()
 def open_loop(
-    world: World, start: Float[Tensor, "b o"], action: Float[Tensor, "b h a"], rng: torch.Generator
+    world: World,
+    start: Float[Tensor, "b o"],
+    action: Float[Tensor, "b h a"],
+    rng: torch.Generator,
+    memory: Float[Tensor, "b m"] | None = None,
 ) -> Rollout:
     """Roll a world through given actions; the penalty is left out, and a rollout goes on after terminations.
+
+    ``memory`` is what the model remembers at the start, by default nothing.
 
     Raises:
         ValueError: horizon below 1, or start observations with the wrong number of columns.
@@ -228,7 +251,7 @@ def open_loop(
     if action.shape[1] < 1:
         raise ValueError("open_loop needs at least one action per row, got a horizon of 0")
     bare = unpenalised(world, trust_all=True)
-    state, obs, reward, terminated = bare.start(start, rng), [], [], []
+    state, obs, reward, terminated = bare.start(start, rng)._replace(memory=memory), [], [], []
     sound = torch.ones(len(start), dtype=torch.bool, device=start.device)
     for t in range(action.shape[1]):
         state, step = bare.step(state, action[:, t], rng)
@@ -272,7 +295,7 @@ def fidelity_of_log(
         DataError: no rows, or NaN or infinite entries.
     """
     data = data.to(rng.device)
-    log = windows_of(data, horizon, rng=rng, windows=windows, full=full)
+    log = windows_of(data, horizon, rng=rng, windows=windows, full=full, dynamics=world.dynamics)
     return _compare(world, log, data if reference is None else reference, samples, names, rng)
 
 
@@ -306,7 +329,7 @@ def fidelity_of_plans(
     if not bool(true.obs.isfinite().all()):
         raise ValueError("the true world left the finite numbers on these plans: check start and plans")
     ended = true.terminated.cumsum(dim=1) - true.terminated.long()
-    log = Windows(start, plans, true.obs, true.reward, true.terminated, ended == 0)
+    log = Windows(start, None, plans, true.obs, true.reward, true.terminated, ended == 0)
     return _compare(world, log, reference, samples, names, rng)
 
 
@@ -318,8 +341,15 @@ def step_accuracy(world: World, data: Transitions, *, rng: torch.Generator, batc
         DataError: no rows, or NaN or infinite entries.
     """
     data = data.check().to(rng.device)
+    memory = memory_of(world.dynamics, data)
     parts = [
-        open_loop(world, data.obs[i : i + batch], data.action[i : i + batch, None], rng)
+        open_loop(
+            world,
+            data.obs[i : i + batch],
+            data.action[i : i + batch, None],
+            rng,
+            None if memory is None else memory[i : i + batch],
+        )
         for i in range(0, len(data), batch)
     ]
     error = torch.cat([part.reward[:, 0] for part in parts]).double() - data.reward
@@ -333,6 +363,12 @@ def step_accuracy(world: World, data: Transitions, *, rng: torch.Generator, batc
         reward_scale=float(data.reward.double().std(correction=0)),
         termination=Confusion(*(count[0, ...] for count in vars(by_depth).values())),
     )
+
+
+def rolled(world: World, log: Windows, samples: int, rng: torch.Generator) -> Rollout:
+    """Roll a world through all windows, so many times over; the samples of one window stand a log's length apart."""
+    memory = None if log.memory is None else log.memory.repeat(samples, 1)
+    return open_loop(world, log.start.repeat(samples, 1), log.action.repeat(samples, 1, 1), rng, memory)
 
 
 def varying_scale(seen: Float[Tensor, "n o"]) -> Float[Tensor, " o"]:
@@ -352,12 +388,12 @@ def _compare(
 ) -> Fidelity:
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    rolled = open_loop(world, log.start.repeat(samples, 1), log.action.repeat(samples, 1, 1), rng)
+    imagined = rolled(world, log, samples, rng)
     shape = (samples, *log.reward.shape)
-    predicted = rolled.obs.reshape(*shape, -1).double().mean(dim=0)
-    promised = rolled.reward.reshape(shape).double().mean(dim=0)
+    predicted = imagined.obs.reshape(*shape, -1).double().mean(dim=0)
+    promised = imagined.reward.reshape(shape).double().mean(dim=0)
     # With several samples the majority decides.
-    ended = rolled.terminated.reshape(shape).double().mean(dim=0) > 0.5
+    ended = imagined.terminated.reshape(shape).double().mean(dim=0) > 0.5
     width = log.start.shape[1]
     labels = tuple(names) if names is not None else tuple(f"obs[{i}]" for i in range(width))
     if len(labels) != width:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import learneddyn
 from learneddyn.core import Json, Outcome, Prediction, Transitions
 from learneddyn.files import replaced_folder, surviving_folder, write_file
+from learneddyn.models.windows import along
 from learneddyn.spaces import Spaces
 
 FORMAT = 1
@@ -156,10 +157,42 @@ class AbstractModel(nn.Module, ABC):
 class AbstractDynamics(AbstractModel):
     """p(next_obs, reward, terminated | obs, action), learned from Transitions.
 
-    Subclasses implement `predict` and `sample` besides what `AbstractModel` asks for.
+    Subclasses implement `predict` and `sample` besides what `AbstractModel` asks for. A model with memory also says in
+    `begin` what it remembers where an episode starts; it takes ``obs`` for what is seen now, and from its memory only
+    what ``obs`` does not show.
     """
 
     num_members: int
+
+    def begin(self, obs: Float[Tensor, "b o"]) -> Float[Tensor, "b m"] | None:
+        """Return the memory of episodes that start at ``obs``; None, as here, for a model that keeps none.
+
+        Without memory, `predict` and `sample` answer as with this one.
+        """
+        return None
+
+    @torch.no_grad()
+    def remembered(self, data: Transitions) -> Float[Tensor, "n m"] | None:
+        """Return what the model remembers before each row of a log; None for a model without memory.
+
+        Memory grows along unbroken stretches (`learneddyn.models.windows`): it begins afresh where an episode starts or
+        rows are missing. The cost is one prediction per row, in as many calls as the longest stretch has rows.
+
+        Raises:
+            ValueError: the model has not been fitted.
+        """
+        if self.spaces is None:
+            raise ValueError(f"{type(self).__name__} has not been fitted: call fit(data) or load a model first")
+        memory = self.begin(data.obs)
+        if memory is None:
+            return None
+        for rows in along(data):
+            before = rows - 1
+            after = self.predict(data.obs[before], data.action[before], memory[before]).memory
+            if after is None:
+                raise ValueError(f"{type(self).__name__} begins with a memory, but its predictions hold none")
+            memory[rows] = after
+        return memory
 
     @property
     @abstractmethod

@@ -16,9 +16,12 @@ from tqdm import tqdm
 
 from learneddyn.core import DataError, Transitions
 from learneddyn.models.regression import AbstractRegression, Answer
+from learneddyn.models.windows import elapsed
 from learneddyn.spaces import Spaces
 
 LIFTS = ("linear", "polynomial", "rbf", "learned")
+_OWN = 1e-4
+"""Distance from the model's own last prediction, in standard deviations, up to which an observation counts as it."""
 _RIDGE = 1e-6
 """Keeps the least squares inside the training of a learned lift of full rank, relative to its rows' norm."""
 
@@ -33,7 +36,8 @@ class Koopman(AbstractRegression):
 
     With ``relift`` every step reads the observation back and lifts it anew, which forgets what the dictionary cannot
     represent and keeps free runs on the data's manifold. Without, the lifted vector itself goes on (it travels as the
-    State's memory): then the model is linear over the whole horizon, as linear MPC needs it.
+    State's memory) as long as observations are the model's own predictions: then the model is linear over the whole
+    horizon, as linear MPC needs it. Any other observation, such as a measured one, is lifted anew.
 
     Args:
         lift: "linear" (nothing more: DMD), "polynomial", "rbf" or "learned".
@@ -201,7 +205,7 @@ class Koopman(AbstractRegression):
             psi, after = self.lifted(x), x[:, : past.shape[1]] if self.delays > 1 else None
         else:
             assert memory is not None
-            psi, after = memory, None
+            psi, after = self._seen(memory, now, obs), None
         driven = self.driven(psi, action)
         psi_next = driven @ self.advance
         mean = self._decoded(psi_next[:, 1 : 1 + now.shape[1]], obs)
@@ -209,17 +213,19 @@ class Koopman(AbstractRegression):
             mean = torch.cat([mean, driven @ self.reward_readout], dim=1)
         return Answer(mean[None], after if self.relift else psi_next)
 
-    def _remembered(self, data: Transitions) -> Tensor | None:
-        if self.delays == 1:
-            return None
-        before, _ = self._windows(data)
-        return before[:, before.shape[1] // self.delays :]
+    def _seen(
+        self, memory: Float[Tensor, "b n"], now: Float[Tensor, "b d"], obs: Float[Tensor, "b o"]
+    ) -> Float[Tensor, "b n"]:
+        """Return the lifted vector that goes on where the observation is its own; any other one is lifted anew."""
+        said = self.coordinates(self._decoded(memory[:, 1 : 1 + now.shape[1]], obs))
+        own = (said - now).abs().amax(dim=1, keepdim=True) <= _OWN
+        return torch.where(own, memory, self.lifted(now))
 
     def _windows(self, data: Transitions) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
-        """Return delayed coordinates before and after every row; delays do not reach across an episode's start."""
+        """Return delayed coordinates before and after every row; delays stay within an unbroken stretch of the log."""
         now, then = self.coordinates(data.obs), self.coordinates(data.next_obs)
         row = torch.arange(len(data), device=data.device)
-        first = row - data.positions()
+        first = row - elapsed(data)
         history = [now[torch.maximum(row - lag, first)] for lag in range(self.delays)]
         return torch.cat(history, dim=1), torch.cat([then, *history[:-1]], dim=1)
 

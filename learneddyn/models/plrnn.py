@@ -22,6 +22,9 @@ KINDS = ("shallow", "clipped", "almost-linear")
 class PLRNN(AbstractRegression):
     """A latent state z of which the first columns are the (standardised) observation; it travels as the State's memory.
 
+    A step first sets these columns to the observation it is given, so that only the hidden units remember; in a free
+    run the observation is the model's own, and nothing changes.
+
     shallow         z' = A z + W1 relu(W2 z + h2 + D u) + h1 + C u, A diagonal
     clipped         relu(W2 z + h2 + D u) - relu(W2 z) in its place: orbits stay bounded where max |A| < 1
     almost-linear   z' = A z + W relu*(z) + h + C u, relu* acting on the last ``relus`` units only: at most 2^relus
@@ -175,7 +178,7 @@ class PLRNN(AbstractRegression):
         return torch.cat([on, z @ self.inner.T > 0], dim=1) if self.kind == "clipped" else on
 
     def _every(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Tensor | None) -> Answer:
-        z = self.begin(obs) if memory is None else memory
+        z = self.begin(obs) if memory is None else self.force(memory, (obs - self.obs_mean) / self.obs_std, 1.0)
         u = (action - self.action_mean) / self.action_std
         after = self.advance(z, u)
         scale, shift = self.obs_std, self.obs_mean
@@ -245,17 +248,6 @@ class PLRNN(AbstractRegression):
         if self.learn_reward:
             after = torch.cat([after, (data.reward[:, None] - self.reward_mean) / self.reward_std], dim=1)
         return x, u, after
-
-    @torch.no_grad()
-    def _remembered(self, data: Transitions) -> Tensor:
-        """Return the latent state before every row, forced to the observations of its episode so far."""
-        x, u, _ = self._sequences(data)
-        memory = self.embed(x)
-        position = data.positions()
-        for step in range(1, int(position.max()) + 1):
-            row = (position == step).nonzero().flatten()
-            memory[row] = self.force(self.advance(memory[row - 1], u[row - 1]), x[row], 1.0)
-        return memory
 
     # Declared for type checkers; `_build_members` registers them.
     rectified: Tensor

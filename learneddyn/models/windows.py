@@ -4,6 +4,8 @@ A stretch is unbroken where the episode stays the same and each ``next_obs`` is 
 rows that were dropped from a log are never bridged.
 """
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -28,6 +30,16 @@ def elapsed(data: Transitions) -> Int[Tensor, " n"]:
     """Return how many rows of the same unbroken stretch stand before each row."""
     row = torch.arange(len(data), device=data.device)
     return row if not len(data) else row - torch.where(linked(data), 0, row).cummax(dim=0).values
+
+
+def along(data: Transitions) -> Iterator[Int[Tensor, " r"]]:
+    """Yield the rows that have one row of their stretch before them, then those that have two, and so on.
+
+    All rows together are visited once, so that a state can be carried along a log without work that grows with the
+    rows times the steps.
+    """
+    position = elapsed(data)
+    yield from position.argsort(stable=True).split(position.bincount().tolist())[1:]
 
 
 def longest_window(data: Transitions, window: int) -> int:

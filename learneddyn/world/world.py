@@ -144,11 +144,12 @@ class World:
         rng: torch.Generator,
         particles: int = 1,
         chunk: int = 16_384,
+        memory: Float[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b s"]:
         """Return the mean undiscounted return of every action plan over ``particles`` imagined futures.
 
         At most ``chunk`` particles (of one plan at least) are in memory at a time. Chunks differ in the numbers they
-        draw, not in their distribution.
+        draw, not in their distribution. ``memory`` is what the model remembers at ``obs``, by default nothing.
 
         A particle collects no reward from an untrusted step, nor after a terminated or untrusted one. A plan that
         drives a living particle to a non-finite observation or reward returns -inf: a broken model must not look good.
@@ -173,14 +174,24 @@ class World:
         together = max(1, chunk // particles)
         parts = zip(lane.split(together), plans.flatten(0, 1).split(together), strict=True)
         with torch.set_grad_enabled(torch.is_grad_enabled() and plans.requires_grad):
-            returns = [self._plan_returns(obs[lane], plan, rng, particles) for lane, plan in parts]
+            returns = [
+                self._plan_returns(obs[lane], None if memory is None else memory[lane], plan, rng, particles)
+                for lane, plan in parts
+            ]
         return torch.cat(returns).view(lanes, candidates)
 
     def _plan_returns(
-        self, obs: Float[Tensor, "c o"], plans: Float[Tensor, "c h a"], rng: torch.Generator, particles: int
+        self,
+        obs: Float[Tensor, "c o"],
+        memory: Float[Tensor, "c m"] | None,
+        plans: Float[Tensor, "c h a"],
+        rng: torch.Generator,
+        particles: int,
     ) -> Float[Tensor, " c"]:
         """Return the mean return of every plan from its own observation."""
         state = self.start(obs.repeat_interleave(particles, dim=0), rng)
+        if memory is not None:
+            state = state._replace(memory=memory.repeat_interleave(particles, dim=0))
         total = torch.zeros(len(state.obs), device=obs.device)
         alive = torch.ones(len(state.obs), dtype=torch.bool, device=obs.device)
         # Once for all steps: repeating costs more than a layer of few rows.

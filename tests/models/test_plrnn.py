@@ -96,9 +96,6 @@ def test_memory_carries_the_hidden_units(model):
     forgetful = model.predict(first.mean[0], data.action[:3])
     assert first.memory.shape == (3, 5)
     assert not torch.allclose(second.mean, forgetful.mean)
-    remembered = model._remembered(data)
-    observed = (data.obs - model.obs_mean) / model.obs_std
-    assert torch.allclose(remembered[:, :2], observed, atol=1e-6), "forced to the observations"
 
 
 def test_forcing_of_strength_one_is_one_step_training(model):
