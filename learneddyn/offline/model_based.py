@@ -22,6 +22,7 @@ the task wherever the observation determines them, else from the model's heads; 
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -39,11 +40,15 @@ from learneddyn.offline import weight_rule
 from learneddyn.offline.base import Cosine, Diverged
 from learneddyn.offline.dataset import Data, bounds
 from learneddyn.offline.dynamics_reward import DynamicsReward
+from learneddyn.offline.halting import Halting
 from learneddyn.offline.policy import OfflinePolicy, SquashedActor
 from learneddyn.offline.sac import DIVERSE_NETS, WIDE, OfflineSAC
-from learneddyn.offline.transition_filter import TransitionFilter, filter_figures, reward_above
+from learneddyn.offline.transition_filter import TransitionFilter, quantile_of, threshold_of
 from learneddyn.spaces import Spaces
 from learneddyn.world import PENALTIES, Sampler, World, penalty_below
+
+MANY = 0.1
+"""Share of the log below `OfflineMBPO`'s ``least_dynamics_reward`` from which on it warns."""
 
 
 class OfflineMBPO(OfflineSAC):
@@ -62,9 +67,12 @@ class OfflineMBPO(OfflineSAC):
             learns when learning begins, from the log.
         filter_temperature: κ of the filter, 0 for the largest r^D.
         filter_draws: candidates per elite.
-        least_dynamics_reward: a step of lower r^D ends the rollout, terminated, with its own reward; with the range of
-            `DynamicsReward` 0.693 is half-way between logged and generated steps, and 0 ends none. An end is worth 0
-            from there on: where rewards are negative it is a way out, not a punishment, and 0 the choice.
+        filter_limit: candidates are clipped to plus and minus this; 25 in MOREC's published code for D4RL.
+        least_dynamics_reward: r_min, a number or a quantile of r^D over the log, ``"quantile:q"``. A step of lower r^D
+            ends the rollout, terminated, with its own reward. MOREC's published 0.6 belongs to the published
+            calibration and networks; how much of a log lies below a number differs from one r^D to the next, and more
+            than a tenth raises a warning. 0 ends none. An end is worth 0 from there on: where rewards are negative it
+            is a way out, not a punishment, and 0 the choice.
         penalty: u, a name of `learneddyn.world.PENALTIES` or a function.
         penalty_weight: λ, in units of the logged reward per unit of u; or a rule that measures both on the log,
             ``"quantile:c"`` (`learneddyn.offline.weight_rule`). ``penalty_rule`` then tells the rule and the number.
@@ -99,7 +107,8 @@ class OfflineMBPO(OfflineSAC):
         dynamics_reward: DynamicsReward | RewardFn | None = None,
         filter_temperature: float = 0.1,
         filter_draws: int = 2,
-        least_dynamics_reward: float = 0.6,
+        filter_limit: float = math.inf,
+        least_dynamics_reward: float | str = "quantile:0.01",
         penalty: str | Penalty = "max_aleatoric",
         penalty_weight: float | str = 0.0,
         pessimism: float = 0.0,
@@ -132,11 +141,14 @@ class OfflineMBPO(OfflineSAC):
             if not ok:
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
         weight_rule.factor(penalty_weight)
+        quantile_of(least_dynamics_reward)
         self.model = model
         self._model_card: Json | None = None  # of a saved agent; empty if its model is no AbstractDynamics
         self.sampler, self.penalty, self.penalty_weight = sampler, penalty, penalty_weight
         self.dynamics_reward, self.filter_temperature = dynamics_reward, filter_temperature
-        self.filter_draws, self.least_dynamics_reward = filter_draws, least_dynamics_reward
+        self.filter_draws, self.filter_limit = filter_draws, filter_limit
+        self.least_dynamics_reward = least_dynamics_reward
+        self._log_figures: dict[str, float] = {}
         self._reward_card: Json | None = None  # of a saved agent; empty if its dynamics reward is a plain function
         self.pessimism, self.halt_offset = pessimism, halt_offset
         self.inconsistency, self.inconsistency_draws, self.clip_target = inconsistency, inconsistency_draws, clip_target
@@ -201,13 +213,16 @@ class OfflineMBPO(OfflineSAC):
         sampler = self.sampler
         if self.dynamics_reward is not None:
             sampler = TransitionFilter(
-                self.dynamics_reward, temperature=self.filter_temperature, draws=self.filter_draws
+                self.dynamics_reward,
+                temperature=self.filter_temperature,
+                draws=self.filter_draws,
+                limit=self.filter_limit,
             )
-            halting["trust"] = reward_above(self.dynamics_reward, self.least_dynamics_reward)
+            halting["trust"] = Halting(sampler.above(self._least()))
             halting["halt_reward"] = "kept"
         if self.pessimism:
             threshold = discrepancy(self.model, self.rows) / self.pessimism
-            halting["trust"] = penalty_below(self.model, PENALTIES["max_pairwise_diff"], threshold)
+            halting["trust"] = Halting(penalty_below(self.model, PENALTIES["max_pairwise_diff"], threshold))
             halting["halt_reward"] = float(self.rows.reward.min()) + self.halt_offset
         return World(
             self.model,
@@ -217,6 +232,25 @@ class OfflineMBPO(OfflineSAC):
             penalty_weight=weight,
             **halting,
         )
+
+    def _least(self) -> float:
+        """Return r_min on this log, and warn where it would end imagination at steps like many logged ones."""
+        assert self.dynamics_reward is not None
+        found = threshold_of(self.least_dynamics_reward, self.dynamics_reward, self.rows)
+        if found.below > MANY:
+            warnings.warn(
+                f"{found.below:.0%} of the logged steps have a dynamics reward below least_dynamics_reward = "
+                f"{found.least:.4g} (their mean is {found.mean:.4g}): imagination will end at steps as real as these; "
+                "give a quantile of the log, as 'quantile:0.01', or 0 to end none",
+                UserWarning,
+                stacklevel=2,
+            )
+        self._log_figures = {
+            "log/dynamics_reward": found.mean,
+            "log/below_least": found.below,
+            "imagined/least_dynamics_reward": found.least,
+        }
+        return found.least
 
     @property
     def penalty_rule(self) -> str:
@@ -274,19 +308,29 @@ class OfflineMBPO(OfflineSAC):
         def act(obs: Float[Tensor, "b o"]) -> Float[Tensor, "b a"]:
             return self._unscaled(self.policy.actor.sample(obs, self._rng))
 
+        self._halts()  # forgets what others have played in this world
         rows = self.world.rollout(self.rows.obs[first], act, self.horizon, self._rng)
         if not len(rows):
             raise Diverged(f"none of {self.rollout_batch} imagined first steps is finite: the model has diverged")
         self.imagined.add(self._prepared(rows))
         for name, value in imagination_figures(self.world, rows).items():
             self.logger.record(name, value)
-        if isinstance(self.world.sampler, TransitionFilter):
-            for name, value in filter_figures(self.world, rows, self.rows, self.least_dynamics_reward).items():
-                self.logger.record(name, value)
+        for name, value in self._halts().items():
+            self.logger.record(name, value)
         self.logger.record("imagined/penalty_weight", self.world.penalty_weight)
         self.logger.record("imagined/length", len(rows) / self.rollout_batch)
         self.logger.record("imagined/reward", float(rows.reward.mean()))
         return rows
+
+    def _halts(self) -> dict[str, float]:
+        """Return what filter and trust have seen since the last call."""
+        assert self.world is not None
+        figures: dict[str, float] = {}
+        if isinstance(self.world.trust, Halting):
+            figures["imagined/halted"] = self.world.trust.share()
+        if isinstance(self.world.sampler, TransitionFilter):
+            figures |= self._log_figures | self.world.sampler.figures()
+        return figures
 
     def _update(self) -> dict[str, Float[Tensor, ""]]:
         if self._n_updates % self.rollout_every == 0 or not len(self.imagined):

@@ -22,7 +22,7 @@ from learneddyn.offline import (
 )
 from learneddyn.offline.dynamics_reward import LEAST, MOST
 from learneddyn.offline.nets import BatchedMLP
-from learneddyn.offline.transition_filter import filter_figures, reward_above
+from learneddyn.offline.transition_filter import Threshold, threshold_of
 from learneddyn.spaces import Spaces
 from learneddyn.tasks.endless import never
 from learneddyn.testing import check_policy, check_world
@@ -392,7 +392,8 @@ def only_first(model):
 
 
 def test_a_world_with_a_filter_is_a_world(model, learned):
-    check_world(World(model, ENDLESS, sampler=TransitionFilter(learned), trust=reward_above(learned, 0.6)))
+    choose = TransitionFilter(learned)
+    check_world(World(model, ENDLESS, sampler=choose, trust=choose.above(0.6)))
 
 
 def test_all_candidates_are_drawn_and_judged_at_once(model, log, monkeypatch):
@@ -413,11 +414,21 @@ def test_all_candidates_are_drawn_and_judged_at_once(model, log, monkeypatch):
 
     monkeypatch.setattr(model, "sample", counted)
     monkeypatch.setattr(model, "sample_and_predict", every)
+    choose = TransitionFilter(judge)
     world = World(
-        model, ENDLESS, sampler=TransitionFilter(judge), penalty=PENALTIES["ensemble_std"], penalty_weight=1.0
+        model,
+        ENDLESS,
+        sampler=choose,
+        trust=choose.above(0.0),
+        penalty=PENALTIES["ensemble_std"],
+        penalty_weight=1.0,
     )
-    world.step(State(log.obs, model.elites[:1].expand(len(log))), log.action, generator(0))
+    state = State(log.obs, model.elites[:1].expand(len(log)))
+    after, step = world.step(state, log.action, generator(0))
     assert rows == {"model": [6 * len(log)], "reward": [6 * len(log)]}
+    assert torch.equal(step.trusted, far(log.obs, log.action, after.obs) >= 0)
+    other = after._replace(member=after.member.clone(), obs=log.obs - 100)
+    assert not choose.above(0.0)(state, log.action, other).any()  # a step that the filter did not choose
 
 
 def test_memory_goes_with_the_choice():
@@ -435,10 +446,12 @@ def test_candidates_that_are_not_finite_are_not_chosen():
             choose = TransitionFilter(far, temperature=temperature)
             after, _ = choose(state, torch.zeros(50, 1), model, generator(0))
             assert after.obs.eq(1).all()
-            assert choose.entropy(state, torch.zeros(50, 1), model, generator(0)).max() < math.log(2) + 1e-5
+            figures = choose.figures()
+            assert figures["imagined/choice_entropy"] < math.log(2) + 1e-5
+            assert figures["imagined/dynamics_reward"] == pytest.approx(0.1)
             hopeless = Steps([bad, bad], [0, 1])
             assert not choose(state, torch.zeros(50, 1), hopeless, generator(0))[0].obs.isfinite().any()
-            assert choose.entropy(state, torch.zeros(50, 1), hopeless, generator(0)).isfinite().all()
+            assert all(map(math.isfinite, choose.figures().values()))
     clipped, _ = TransitionFilter(far, temperature=0.0, limit=2.5)(
         state, torch.zeros(50, 1), Steps([1.0, 900.0], [0, 1]), generator(0)
     )
@@ -448,21 +461,27 @@ def test_candidates_that_are_not_finite_are_not_chosen():
 def test_the_entropy_of_the_choice():
     state, action = State(torch.zeros(5, 1), torch.zeros(5, dtype=torch.long)), torch.zeros(5, 1)
     model = Steps([1.0, 2.0, 3.0], [0, 1, 2])
-    found = [
-        TransitionFilter(reward, temperature=temperature, draws=4).entropy(state, action, model, generator(0))
-        for reward, temperature in ((indifferent, 0.1), (far, math.inf), (far, 0.0), (far, 1e-3))
-    ]
     wanted = [math.log(12), math.log(12), math.log(4), math.log(4)]  # four draws of the best elite are alike
-    for entropy, value in zip(found, wanted, strict=True):
-        torch.testing.assert_close(entropy, torch.full((5,), value))
+    chosen = [0.7, None, 0.3, 0.3]
+    asked = ((indifferent, 0.1), (far, math.inf), (far, 0.0), (far, 1e-3))
+    for (reward, temperature), entropy, value in zip(asked, wanted, chosen, strict=True):
+        choose = TransitionFilter(reward, temperature=temperature, draws=4)
+        assert choose.figures() == {}
+        for seed in range(2):
+            choose(state, action, model, generator(seed))
+        figures = choose.figures()
+        assert figures["imagined/choice_entropy"] == pytest.approx(entropy, rel=1e-5)
+        if value is not None:
+            assert figures["imagined/dynamics_reward"] == pytest.approx(value)
+        assert choose.figures() == {}
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
-        ({"draws": 0}, "draws must be at least 1, got 0"),
-        ({"limit": 0.0}, "limit must be positive, got 0.0"),
+        ({"temperature": -1.0}, "filter_temperature must be at least 0, got -1.0"),
+        ({"draws": 0}, "filter_draws must be at least 1, got 0"),
+        ({"limit": 0.0}, "filter_limit must be positive, got 0.0"),
     ],
 )
 def test_arguments_of_the_filter(argument, message):
@@ -492,7 +511,9 @@ def test_without_a_choice_it_is_the_base_method(log, model):
 def test_a_least_reward_above_all_ends_every_rollout_at_once(log, model):
     """Every row has d = 1 after one step, and still pays its own reward, penalty included."""
     shared = {**SMALL, "model": model, "task": ENDLESS, "dynamics_reward": indifferent}
-    agent = MOREC("MlpPolicy", log, least_dynamics_reward=0.71, penalty_weight=2.0, **shared).learn(1)
+    agent = MOREC("MlpPolicy", log, least_dynamics_reward=0.71, penalty_weight=2.0, **shared)
+    with pytest.warns(UserWarning, match=r"100% of the logged steps have a dynamics reward below .* = 0\.71"):
+        agent.learn(1)
     pool = agent.imagined.unpack(agent.imagined.rows())
     assert len(pool.reward) == 60
     assert pool.terminated.all()
@@ -507,6 +528,41 @@ def test_a_least_reward_above_all_ends_every_rollout_at_once(log, model):
     pool = going.imagined.unpack(going.imagined.rows())
     assert len(pool.reward) == 3 * 60
     assert not pool.terminated.any()
+
+
+def test_the_threshold_is_a_quantile_of_the_log(log, model, learned):
+    """By default one logged step in a hundred lies below it, whatever r^D; a number is taken as it is."""
+    rewards = judged(learned, log)
+    rule = threshold_of("quantile:0.01", learned, log)
+    assert rule.least == pytest.approx(float(rewards.quantile(0.01)))
+    assert rule.below == pytest.approx(0.01, abs=1 / len(log))
+    assert rule.mean == pytest.approx(float(rewards.mean()), abs=1e-6)
+    assert threshold_of(0.7, indifferent, log) == Threshold(0.7, 0.0, pytest.approx(0.7))
+    assert threshold_of("quantile:0.5", indifferent, log).below == 0.0
+    notes = Memory()
+    agent = MOREC("MlpPolicy", log, model=model, task=ENDLESS, dynamics_reward=learned, **SMALL)
+    agent.set_logger(Logger(None, [notes]))
+    agent.learn(1)
+    assert notes.lines[0]["imagined/least_dynamics_reward"] == pytest.approx(rule.least)
+    assert notes.lines[0]["log/below_least"] == pytest.approx(rule.below)
+    pool = agent.imagined.unpack(agent.imagined.rows())
+    assert notes.lines[0]["imagined/halted"] == pytest.approx(float(pool.terminated.float().mean()))
+    chosen = learned(pool.obs, agent._unscaled(pool.action), pool.next_obs)
+    assert torch.equal(pool.terminated.bool(), chosen < rule.least)
+    assert notes.lines[0]["imagined/dynamics_reward"] == pytest.approx(float(chosen.mean()), abs=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["0.6", "quantile:1", "quantile:-0.1", "quantile:x"])
+def test_a_threshold_that_is_none(log, rule):
+    with pytest.raises(ValueError, match=f"a number or 'quantile:q' with q in .*, got '{rule}'"):
+        MOREC("MlpPolicy", log, task=ENDLESS, least_dynamics_reward=rule, **SMALL)
+
+
+def test_candidates_are_clipped_to_the_limit(log, model):
+    tight = {"dynamics_reward": indifferent, "filter_limit": 0.25, "horizon": 1}
+    agent = MOREC("MlpPolicy", log, model=model, task=ENDLESS, **(SMALL | tight)).learn(1)
+    pool = agent.imagined.unpack(agent.imagined.rows())
+    assert pool.next_obs.abs().max() == 0.25
 
 
 class Memory(KVWriter):
@@ -558,17 +614,6 @@ def test_a_loaded_agent_goes_on_bit_equal(log, model, learned, tmp_path):
     loaded = MOREC.load(tmp_path / "agent", data=log, task=ENDLESS, device="cpu")
     loaded.learn(6, reset_num_timesteps=False)
     assert torch.equal(weights(agent), weights(loaded))
-
-
-def test_figures_of_the_filter(log, model, learned):
-    world = World(model, ENDLESS, sampler=TransitionFilter(learned), trust=reward_above(learned, 0.6))
-    invented = replace(log, next_obs=log.next_obs + 5.0)
-    least = float(judged(learned, log).median())
-    figures = filter_figures(world, invented, log, least)
-    assert figures["log/below_least"] == pytest.approx(0.5, abs=0.01)
-    assert figures["imagined/halted"] == pytest.approx(float((judged(learned, invented) < least).float().mean()))
-    assert figures["imagined/dynamics_reward"] < figures["log/dynamics_reward"]
-    assert figures == filter_figures(world, invented, log, least)
 
 
 def test_what_does_not_go_together(log, model, learned):
