@@ -6,11 +6,13 @@ Hassanzadeh, "Discovery of interpretable structural model errors by combining Ba
 assimilation" (2022).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from learneddyn.models.angles import apart, near
 
 Step = Callable[[Float[Tensor, "b o"], Float[Tensor, "b a"]], Float[Tensor, "b o"]]
 
@@ -23,6 +25,7 @@ def enkf_increments(
     noise: Float[Tensor, " o"],
     rng: torch.Generator,
     members: int = 100,
+    angles: Sequence[int] = (),
 ) -> Float[Tensor, "n o"]:
     """Return the forecast errors that one noisy observation at each end of a step shows, corrected for the gain.
 
@@ -40,6 +43,7 @@ def enkf_increments(
         noise: standard deviation of the observation noise per column, all positive.
         rng: of the ensembles.
         members: of each row's ensemble.
+        angles: columns in radians; forecasts and innovations are taken the short way round.
 
     Raises:
         ValueError: noise that is not positive, or fewer than two members.
@@ -49,9 +53,10 @@ def enkf_increments(
     n, o = obs.shape
     start = obs[:, None] + noise * torch.randn(n, members, o, generator=rng, device=obs.device)
     forecast = step(start.flatten(0, 1), action.repeat_interleave(members, dim=0)).view(n, members, o)
+    forecast = near(forecast, obs[:, None].expand_as(forecast), angles)
     mean = forecast.mean(dim=1)
     offset = forecast - mean[:, None]
     covariance = offset.transpose(1, 2) @ offset / (members - 1)
     gain = torch.linalg.solve(covariance + noise.square().diag(), covariance).transpose(1, 2)
-    increment = (gain @ (next_obs - mean)[..., None])[..., 0]
+    increment = (gain @ apart(next_obs, mean, angles)[..., None])[..., 0]
     return torch.linalg.solve(gain.mean(dim=0), increment.T).T

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from learneddyn.core import Transitions
+from learneddyn.models.angles import apart
 from learneddyn.models.assimilation import enkf_increments
 from learneddyn.models.regression import AbstractRegression, Answer
+from learneddyn.models.scale import EXACT, spread
 from learneddyn.models.terms import evaluate_terms
 from learneddyn.spaces import Spaces
 
@@ -42,10 +44,12 @@ class Hybrid(AbstractRegression):
         prior: dotted path of a function (obs [b o], action [b a], **prior_arguments) -> next obs [b o], in torch.
         prior_arguments: its keyword arguments, JSON values.
         dt: seconds a step lasts; coefficients are per second.
+        angles: observation columns in radians: their increments and middles are taken the short way round, so that a
+            prior and a log may wrap them or not, and the MLP sees them as cosine and sine.
         columns: observation columns the prior may get wrong; None for all. Kinematic ones (angle' = velocity) belong
             left out: their discretisation error would be explained by junk terms.
         residual: "sparse" or "neural".
-        terms: candidates; None for 1, every column, every action.
+        terms: candidates; None for 1, every column (of an angle, sine and cosine), every action.
         keep: share of the largest term's contribution below which a term is dropped.
         observation_noise: standard deviation per observation column, or one for all; None for exact observations.
         hidden: widths of the MLP.
@@ -65,6 +69,7 @@ class Hybrid(AbstractRegression):
         prior: str = "learneddyn.models.hybrid.persistence",
         prior_arguments: dict[str, Any] | None = None,
         dt: float = 1.0,
+        angles: Sequence[int] = (),
         columns: Sequence[int] | None = None,
         residual: str = "sparse",
         terms: Sequence[str] | None = None,
@@ -87,7 +92,7 @@ class Hybrid(AbstractRegression):
             if not ok:
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
         self.prior, self.prior_arguments, self.dt = prior, prior_arguments or {}, dt
-        self.columns = None if columns is None else list(columns)
+        self.angles, self.columns = list(angles), None if columns is None else list(columns)
         self.residual, self.terms, self.keep = residual, None if terms is None else list(terms), keep
         self.observation_noise, self.hidden = observation_noise, list(hidden)
         self.epochs, self.learning_rate = epochs, learning_rate
@@ -101,20 +106,24 @@ class Hybrid(AbstractRegression):
             raise ValueError(f"columns must name observation columns 0 to {o - 1}, got {self.columns}")
         self._free = free
         self.register_buffer("free", torch.tensor(free), persistent=False)
-        self._candidates = self.terms or ["1", *(f"x{i}" for i in range(o)), *(f"u{i}" for i in range(a))]
+        if any(not 0 <= column < o for column in self.angles):
+            raise ValueError(f"angles must name observation columns 0 to {o - 1}, got {self.angles}")
+        own = [f"{call}(x{i})" if call else f"x{i}" for i in range(o) for call in self._calls(i)]
+        self._candidates = self.terms or ["1", *own, *(f"u{i}" for i in range(a))]
         evaluate_terms(self._candidates, torch.zeros(1, o), torch.zeros(1, a))
         outputs = len(free) + self.learn_reward
         if self.residual == "sparse":
             self.register_buffer("coefficients", torch.zeros(len(self._candidates), outputs))
             self.register_buffer("deviations", torch.zeros(len(self._candidates), outputs))
             return
-        widths = [o + a, *self.hidden]
+        seen = len(own) + a
+        widths = [seen, *self.hidden]
         layers: list[nn.Module] = []
         for width, wider in pairwise(widths):
             layers += [nn.Linear(width, wider), nn.Tanh()]
         self.network = nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
-        self.register_buffer("shift", torch.zeros(o + a))
-        self.register_buffer("scale", torch.ones(o + a))
+        self.register_buffer("shift", torch.zeros(seen))
+        self.register_buffer("scale", torch.ones(seen))
         self.register_buffer("output_scale", torch.ones(outputs))
 
     def equations(self, digits: int = 4) -> list[str]:
@@ -128,26 +137,38 @@ class Hybrid(AbstractRegression):
             raise ValueError("a neural residual has no equations: fit with residual='sparse'")
         heads = [f"residual of x{i}" for i in self._free] + ["reward"] * self.learn_reward
         lines = []
-        for head, column, spread in zip(heads, self.coefficients.T, self.deviations.T, strict=True):
+        for head, column, deviation in zip(heads, self.coefficients.T, self.deviations.T, strict=True):
             parts = [
                 f"({c:.{digits}g} +- {s:.1g}) {term}"
-                for c, s, term in zip(column.tolist(), spread.tolist(), self._candidates, strict=True)
+                for c, s, term in zip(column.tolist(), deviation.tolist(), self._candidates, strict=True)
                 if c
             ]
             lines.append(f"{head} = {' + '.join(parts) or '0'}")
         return lines
 
+    def _calls(self, column: int) -> tuple[str, ...]:
+        """Return the functions of an observation column that the residual is made of; "" is the column itself."""
+        return ("sin", "cos") if column in self.angles else ("",)
+
+    def _midway(self, obs: Float[Tensor, "b o"], after: Float[Tensor, "b o"]) -> Float[Tensor, "b o"]:
+        return obs + 0.5 * apart(after, obs, self.angles)
+
+    def _inputs(self, midway: Float[Tensor, "b o"], action: Float[Tensor, "b a"]) -> Float[Tensor, "b i"]:
+        """Return what the MLP sees: columns, of angles cosine and sine, actions."""
+        plain = [column for column in range(midway.shape[1]) if column not in self.angles]
+        angle = midway[:, self.angles]
+        return torch.cat([midway[:, plain], angle.cos(), angle.sin(), action], dim=1)
+
     def _answered(self, midway: Tensor, action: Tensor) -> Float[Tensor, "b q"]:
         """Return the residual of the free columns, then the reward."""
         if self.residual == "sparse":
             return evaluate_terms(self._candidates, midway, action) @ self.coefficients
-        inputs = (torch.cat([midway, action], dim=1) - self.shift) / self.scale
-        return self.network(inputs) * self.output_scale
+        return self.network((self._inputs(midway, action) - self.shift) / self.scale) * self.output_scale
 
     def _every(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Tensor | None) -> Answer:
         before = mean = self._prior(obs, action, **self.prior_arguments)
         for _ in range(2):
-            found = self._answered(0.5 * (obs + mean), action)
+            found = self._answered(self._midway(obs, mean), action)
             mean = before.index_add(1, self.free, self.dt * found[:, : len(self._free)])
         if self.learn_reward:
             mean = torch.cat([mean, found[:, -1:]], dim=1)
@@ -156,18 +177,20 @@ class Hybrid(AbstractRegression):
     def _learn(
         self, data: Transitions, rows: Bool[Tensor, " n"], rng: torch.Generator, progress: bool
     ) -> list[dict[str, float]]:
-        data = data[rows]
+        data, exact = data[rows], self.observation_noise is None
         with torch.no_grad():
             before = self._prior(data.obs, data.action, **self.prior_arguments)
-            error = data.next_obs - before if self.observation_noise is None else self._filtered(data, rng)
+            error = apart(data.next_obs, before, self.angles) if exact else self._filtered(data, rng)
             target = error[:, self._free] / self.dt
+            least = EXACT * spread(data.next_obs)[self._free] / self.dt
             if self.learn_reward:
                 target = torch.cat([target, data.reward[:, None]], dim=1)
-        midway = 0.5 * (data.obs + data.next_obs)
+                least = torch.cat([least, EXACT * spread(data.reward[:, None])])
+        midway = self._midway(data.obs, data.next_obs)
         if self.residual == "sparse":
-            self._regress(evaluate_terms(self._candidates, midway.double(), data.action.double()), target)
+            self._regress(evaluate_terms(self._candidates, midway.double(), data.action.double()), target, least)
             return [{"epoch": 1.0, "active_terms": float((self.coefficients != 0).sum())}]
-        return self._train(torch.cat([midway, data.action], dim=1), target, rng, progress)
+        return self._train(self._inputs(midway, data.action), target, least, rng, progress)
 
     def _filtered(self, data: Transitions, rng: torch.Generator) -> Float[Tensor, "n o"]:
         noise = torch.as_tensor(self.observation_noise, device=data.device).expand(data.obs.shape[1])
@@ -175,19 +198,22 @@ class Hybrid(AbstractRegression):
         def step(obs: Tensor, action: Tensor) -> Tensor:
             return self._prior(obs, action, **self.prior_arguments)
 
-        return enkf_increments(step, data.obs, data.action, data.next_obs, noise, rng)
+        return enkf_increments(step, data.obs, data.action, data.next_obs, noise, rng, angles=self.angles)
 
-    def _regress(self, theta: Float[Tensor, "n p"], target: Float[Tensor, "n q"]) -> None:
-        """Fit every output by automatic relevance determination on columns of unit scale, then drop small terms."""
+    def _regress(self, theta: Float[Tensor, "n p"], target: Float[Tensor, "n q"], least: Float[Tensor, " q"]) -> None:
+        """Fit every output by automatic relevance determination on columns of unit scale, then drop small terms.
+
+        A target whose root mean square is not above ``least`` is the rounding of a prior that lacks nothing.
+        """
         width = theta.square().mean(dim=0).sqrt()
-        usable = width > 1e-12
+        usable = width > 0
         x = (theta[:, usable] / width[usable]).cpu().numpy()
         self.coefficients.zero_()
         self.deviations.zero_()
         for output in range(target.shape[1]):
             y = target[:, output].double()
             size = y.square().mean().sqrt()
-            if size <= 1e-12:
+            if size <= least[output]:
                 continue
             fitted = _ard().fit(x, (y / size).cpu().numpy())
             weight = torch.as_tensor(fitted.coef_, device=theta.device)
@@ -200,11 +226,11 @@ class Hybrid(AbstractRegression):
             self.deviations[usable, output] = torch.where(kept, spread * scale, 0.0).float()
 
     def _train(
-        self, inputs: Float[Tensor, "n i"], target: Float[Tensor, "n q"], rng: torch.Generator, progress: bool
+        self, inputs: Tensor, target: Tensor, least: Float[Tensor, " q"], rng: torch.Generator, progress: bool
     ) -> list[dict[str, float]]:
         self.shift.copy_(inputs.mean(dim=0))
-        self.scale.copy_(inputs.std(dim=0, correction=0).clamp_min(1e-6))
-        self.output_scale.copy_(target.square().mean(dim=0).sqrt().clamp_min(1e-6))
+        self.scale.copy_(spread(inputs))
+        self.output_scale.copy_(torch.maximum(target.square().mean(dim=0).sqrt(), least))
         layers = [layer for layer in self.network if isinstance(layer, nn.Linear)]
         for layer in layers:
             bound = 1.0 / layer.in_features**0.5

@@ -22,8 +22,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from learneddyn.core import DataError, Outcome, Prediction, Transitions
+from learneddyn.core import Outcome, Prediction, Transitions
+from learneddyn.models.angles import apart
+from learneddyn.models.attempt import attempt, require_pair
 from learneddyn.models.base import AbstractDynamics, FitReport
+from learneddyn.models.scale import spread
 from learneddyn.models.windows import longest_window, window_starts, windows
 from learneddyn.spaces import Spaces
 
@@ -138,6 +141,9 @@ def drive(
 
 class KinematicBicycle(AbstractDynamics):
     """A vehicle observed as (x, y, speed, heading); a network turns its action into acceleration and steering.
+
+    Headings are compared the short way round, so a log may wrap them or not. Answers go on from the heading asked
+    about, across any seam; where the environment wraps, `learneddyn.world.bounds.Bounded` brings them back.
 
     The network sees speed and action only, so that what is learned at one place and heading holds at every other. It
     answers means and standard deviations of the low-level inputs; a constant noise on the pose takes up what they
@@ -294,32 +300,24 @@ class KinematicBicycle(AbstractDynamics):
             FloatingPointError: the likelihood is not finite; the model is left as it was.
         """
         started = time.perf_counter()
-        data.check()
-        if len(data) < 2:
-            raise DataError(f"fit needs at least 2 transitions (one to learn from, one to hold out), got {len(data)}")
-        fresh = self.spaces is None
-        self.check_spaces(data)
-        data = data.to(self._elites.device)
-        before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        held = max(1, int(self.holdout_ratio * len(data)))
-        train, test = data[: len(data) - held], data[len(data) - held :]
+        require_pair(data)
         try:
-            self._initialise(train, rng)
-            history = self._train(train, rng, progress)
-            with torch.no_grad():
-                belief = self._advanced(certain(test.obs), test.action)
-                nll = _nll(belief, test.next_obs, self.cov).mean() / 4
-                mse = (belief.mean - test.next_obs).square().mean()
-            if not bool(nll.isfinite() & mse.isfinite()):
-                raise FloatingPointError("the likelihood is not finite")
-        except BaseException as error:
-            self.load_state_dict(before)
-            self.spaces = None if fresh else self.spaces
-            if isinstance(error, FloatingPointError | torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-                raise FloatingPointError(
-                    f"KinematicBicycle learned something that is not finite ({error}): check dt and the units"
-                ) from error
-            raise
+            with attempt(self, data):
+                data = data.to(self._elites.device)
+                held = max(1, int(self.holdout_ratio * len(data)))
+                train, test = data[: len(data) - held], data[len(data) - held :]
+                self._initialise(train, rng)
+                history = self._train(train, rng, progress)
+                with torch.no_grad():
+                    belief = self._advanced(certain(test.obs), test.action)
+                    nll = _nll(belief, test.next_obs, self.cov).mean() / 4
+                    mse = apart(test.next_obs, belief.mean, [HEADING]).square().mean()
+                if not bool(nll.isfinite() & mse.isfinite()):
+                    raise FloatingPointError("the likelihood is not finite")
+        except (FloatingPointError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            raise FloatingPointError(
+                f"KinematicBicycle learned something that is not finite ({error}): check dt and the units"
+            ) from error
         metrics = {"holdout_nll": float(nll), "holdout_mse": float(mse)}
         metrics |= {"train_rows": float(len(train)), "holdout_rows": float(held)}
         return FitReport(len(history), time.perf_counter() - started, metrics, history)
@@ -327,18 +325,16 @@ class KinematicBicycle(AbstractDynamics):
     @torch.no_grad()
     def _initialise(self, train: Transitions, rng: torch.Generator) -> None:
         inputs = torch.cat([train.obs[:, SPEED, None], train.action], dim=1)
-        std = inputs.std(dim=0, correction=0)
         self.shift.copy_(inputs.mean(dim=0))
-        self.scale.copy_(torch.where(std < 1e-9, torch.ones_like(std), std))
+        self.scale.copy_(spread(inputs))
         change = (train.next_obs - train.obs)[:, SPEED] / self.dt
         self.acceleration.copy_(change.square().mean().sqrt().clamp_min(1e-3))
         for weight, bias in zip(self.weights, self.biases, strict=True):
             bound = weight.shape[0] ** -0.5
             nn.init.uniform_(weight, -bound, bound, generator=rng)
             bias.zero_()
-        error = train.next_obs - drive(
-            train.obs, train.obs.new_zeros(len(train), 2), dt=self.dt, wheelbase=self.wheelbase
-        )
+        coasted = drive(train.obs, train.obs.new_zeros(len(train), 2), dt=self.dt, wheelbase=self.wheelbase)
+        error = apart(train.next_obs, coasted, [HEADING])
         # Small where the inputs can explain the error: a constant noise would take it before they learn to.
         share = error.new_tensor([1.0, 1.0, 0.05, 0.05])
         self.log_noise.copy_((share * error.square().mean(dim=0).sqrt()).clamp(*_STD).log())
@@ -382,7 +378,7 @@ class KinematicBicycle(AbstractDynamics):
 
 def _nll(belief: Belief, seen: Float[Tensor, "b 4"], cov: str) -> Float[Tensor, " b"]:
     """Return the negative log-likelihood of a pose, nats."""
-    error, constant = seen - belief.mean, 2 * math.log(2 * math.pi)
+    error, constant = apart(seen, belief.mean, [HEADING]), 2 * math.log(2 * math.pi)
     if cov == "independent":
         return constant + (0.5 * (error / belief.std).square() + belief.std.log()).sum(dim=1)
     # In units of the standard deviations, so that the factor of a covariance in metres and radians exists in float32.

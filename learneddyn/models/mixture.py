@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from learneddyn.core import DataError, Transitions
 from learneddyn.models.regression import AbstractRegression, Answer
+from learneddyn.models.scale import spread
 from learneddyn.spaces import Spaces
 
 _KMEANS = 20
@@ -204,9 +205,8 @@ class MixER(AbstractRegression):
         if self.learn_reward:
             outputs = torch.cat([outputs, train.reward[:, None]], dim=1)
         for name, column in (("input", inputs), ("output", outputs)):
-            std = column.std(dim=0, correction=0)
             getattr(self, f"{name}_shift").copy_(column.mean(dim=0))
-            getattr(self, f"{name}_scale").copy_(torch.where(std < 1e-9, torch.ones_like(std), std))
+            getattr(self, f"{name}_scale").copy_(spread(column))
         return (outputs - self.output_shift) / self.output_scale
 
     @torch.no_grad()
@@ -262,20 +262,12 @@ class MixER(AbstractRegression):
     def _measure(self, data: Transitions, rows: Bool[Tensor, " n"]) -> dict[str, float]:
         """Measure every environment's noise on its own rows; one without held-out rows takes the mean of all."""
         environment = self.environment_of(data)[rows]
-        answer = self._own(data.obs[rows], data.action[rows], environment, None).mean
-        truth = data.next_obs[rows]
-        if self.learn_reward:
-            truth = torch.cat([truth, data.reward[rows, None]], dim=1)
-        error = answer - truth
-        if not bool(error.isfinite().all()):
-            raise FloatingPointError("MixER learned something that is not finite: scale the data")
+        error = self._error(self._own(data.obs[rows], data.action[rows], environment, None).mean, data[rows])
         member = nn.functional.one_hot(environment, self.num_members).to(error)
         count = member.sum(dim=0)[:, None]
         own = member.T @ error.square() / count.clamp_min(1)
-        self.noise.copy_(torch.where(count > 0, own, error.square().mean(dim=0)).sqrt())
-        floor = self.noise.clamp_min(1e-6)[environment]
-        nll = (0.5 * (error / floor).square() + floor.log()).mean() + 0.5 * torch.tensor(torch.pi * 2).log()
-        return {"holdout_mse": float(error.square().mean()), "holdout_nll": float(nll)}
+        self._take_noise(torch.where(count > 0, own, error.square().mean(dim=0)).sqrt(), data[rows])
+        return self._metrics(error, self.noise[environment])
 
     @torch.no_grad()
     def on(self, environment: int) -> "MixER":

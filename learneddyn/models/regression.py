@@ -6,14 +6,18 @@ subclass to learn, measures the residuals on rows it has not seen, and answers `
 
 import time
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from learneddyn.core import DataError, Outcome, Prediction, Transitions
+from learneddyn.core import Outcome, Prediction, Transitions
+from learneddyn.models.angles import apart
+from learneddyn.models.attempt import attempt, require_pair
 from learneddyn.models.base import AbstractDynamics, FitReport
+from learneddyn.models.scale import EXACT, gaussian_nll, spread
 from learneddyn.spaces import Spaces
 
 
@@ -33,6 +37,8 @@ class AbstractRegression(AbstractDynamics):
 
     learn_reward: bool
     holdout_ratio: float
+    angles: Sequence[int] = ()
+    """Observation columns in radians, whose errors are taken the short way round."""
 
     @property
     def elites(self) -> Int[Tensor, " k"]:
@@ -69,10 +75,6 @@ class AbstractRegression(AbstractDynamics):
         """Return the rows that measure the noise."""
         return torch.randperm(rows, generator=rng, device=rng.device)[:count]
 
-    def _remembered(self, data: Transitions) -> Tensor | None:
-        """Return the memory that each row of logged data would be asked with; None for models without memory."""
-        return None
-
     def _build(self, spaces: Spaces) -> None:
         columns = spaces.obs_dim + self.learn_reward
         self.register_buffer("noise", torch.zeros(self.num_members, columns))
@@ -92,40 +94,47 @@ class AbstractRegression(AbstractDynamics):
             FloatingPointError: what was learned is not finite; the model is left as it was.
         """
         started = time.perf_counter()
-        data.check()
-        if len(data) < 2:
-            raise DataError(f"fit needs at least 2 transitions (one to learn from, one to hold out), got {len(data)}")
-        fresh = self.spaces is None
-        self.check_spaces(data)
-        before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        data = data.to(self._elites.device)
-        try:
+        require_pair(data)
+        with attempt(self, data):
+            data = data.to(self._elites.device)
             held = max(1, int(self.holdout_ratio * len(data)))
             chosen = torch.ones(len(data), dtype=torch.bool, device=data.device)
             chosen[self._held_out(len(data), held, rng)] = False
             history = self._learn(data, chosen, rng, progress)
             metrics = self._measure(data, ~chosen)
-        except BaseException:  # a missing extra or Ctrl-C must not leave half a model either
-            self.load_state_dict(before)
-            self.spaces = None if fresh else self.spaces
-            raise
         metrics |= {"train_rows": float(len(data) - held), "holdout_rows": float(held)}
         return FitReport(len(history), time.perf_counter() - started, metrics, history)
 
     @torch.no_grad()
     def _measure(self, data: Transitions, rows: Bool[Tensor, " n"]) -> dict[str, float]:
-        memory = self._remembered(data)
+        """Measure every member's noise on the marked rows."""
+        memory = self.remembered(data)
         answer = self._every(data.obs[rows], data.action[rows], None if memory is None else memory[rows])
-        truth = data.next_obs[rows]
-        if self.learn_reward:
-            truth = torch.cat([truth, data.reward[rows, None]], dim=1)
-        error = answer.mean - truth
+        error = self._error(answer.mean, data[rows])
+        self._take_noise(error.square().mean(dim=1).sqrt(), data[rows])
+        return self._metrics(error, self.noise[:, None])
+
+    def _error(self, said: Float[Tensor, "*e b q"], data: Transitions) -> Float[Tensor, "*e b q"]:
+        """Return answers minus what happened, angles the short way round.
+
+        Raises:
+            FloatingPointError: an answer is not finite.
+        """
+        error = apart(said, self._truth(data).expand_as(said), self.angles)
         if not bool(error.isfinite().all()):
             raise FloatingPointError(f"{type(self).__name__} learned something that is not finite: scale the data")
-        self.noise.copy_(error.square().mean(dim=1).sqrt())
-        floor = self.noise.clamp_min(1e-6)[:, None]
-        nll = (0.5 * (error / floor).square() + floor.log()).mean() + 0.5 * torch.tensor(torch.pi * 2).log()
-        return {"holdout_mse": float(error.square().mean()), "holdout_nll": float(nll)}
+        return error
+
+    def _truth(self, data: Transitions) -> Float[Tensor, "n q"]:
+        """Return what answers are compared with: next observations, and rewards if there is a head for them."""
+        return torch.cat([data.next_obs, data.reward[:, None]], dim=1) if self.learn_reward else data.next_obs
+
+    def _take_noise(self, noise: Float[Tensor, "e q"], data: Transitions) -> None:
+        """Keep the noise of every member; errors below what float32 can show of a column are not believed."""
+        self.noise.copy_(torch.maximum(noise, EXACT * spread(self._truth(data))))
+
+    def _metrics(self, error: Tensor, std: Tensor) -> dict[str, float]:
+        return {"holdout_mse": float(error.square().mean()), "holdout_nll": float(gaussian_nll(error, std))}
 
     def predict(
         self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Float[Tensor, "b m"] | None = None
@@ -157,7 +166,7 @@ class AbstractRegression(AbstractDynamics):
         *,
         noise: bool = True,
     ) -> Outcome:
-        """Ask one member per row. Noise is added to what comes out, never to the memory.
+        """Ask one member per row. Noise is added to what comes out, not to the memory, which meets it a step later.
 
         Raises:
             ValueError: the model has not been fitted.

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from learneddyn.core import DataError, Transitions
+from learneddyn.models.angles import apart
 from learneddyn.models.base import FitReport
 from learneddyn.models.library import Evaluator, PolynomialLibrary, sum_of_terms
 from learneddyn.models.regression import AbstractRegression, Answer
@@ -41,7 +42,7 @@ class SINDy(AbstractRegression):
         bias: a constant term.
         target: "next" fits the next observation, as the sources do; "change" fits its difference, so that the
             threshold does not have to lie below a time step while the identity has coefficients of one. Columns in
-            ``angles`` are always fitted as changes.
+            ``angles`` are always fitted as changes, the short way round.
         bootstraps: regressions, each on its own draw of the rows.
         dropped: candidate terms that each bootstrap leaves out.
         aggregate: "median", "mean", or None for one member per bootstrap.
@@ -199,7 +200,7 @@ class SINDy(AbstractRegression):
         data = data[rows]
         obs, action, after = data.obs.double(), data.action.double(), data.next_obs.double()
         target = after.clone()
-        target[:, self._relative] -= obs[:, self._relative]
+        target[:, self._relative] = apart(after, obs, self.angles)[:, self._relative]
         self.bootstrapped.copy_(self._regressed(self.library(obs, action), target, rng, progress))
         self.coefficients.copy_(merged(self.bootstrapped, self.aggregate))
         if self.learn_reward:

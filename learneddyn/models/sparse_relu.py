@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from learneddyn.core import Transitions
 from learneddyn.models.regression import AbstractRegression, Answer
+from learneddyn.models.scale import spread
 from learneddyn.models.windows import longest_window, window_starts, windows
 from learneddyn.spaces import Spaces
 
@@ -210,9 +211,8 @@ class SparseReLU(AbstractRegression):
             (self.shift, self.scale, inputs),
             (self.output_shift, self.output_scale, outputs),
         ):
-            std = column.std(dim=0, correction=0)
             shift.copy_(column.mean(dim=0))
-            scale.copy_(torch.where(std < 1e-9, torch.ones_like(std), std))
+            scale.copy_(spread(column))
 
     @torch.no_grad()
     def _initialise(self, rng: torch.Generator) -> None:

@@ -1,5 +1,7 @@
 """Hybrid: missing physics is named, a perfect prior is left alone, increments lose their gain, files keep the prior."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -67,6 +69,57 @@ def test_increments_are_corrected_for_the_gain():
         enkf_increments(lambda s, a: s, obs, torch.zeros(4000, 1), next_obs, torch.zeros(2), rng)
 
 
+@pytest.mark.parametrize("residual", ["sparse", "neural"])
+def test_a_prior_or_a_log_that_wraps_an_angle_changes_nothing(residual):
+    """The log of the pendulum wrapped at pi beside the prior that goes on: increments stay those of a step."""
+    whole = pairs(400, 0.1, 0.0, 0)
+    seam = dataclasses.replace(whole, next_obs=at_home(whole.next_obs))
+    assert ((seam.next_obs - seam.obs)[:, 0].abs() > 6).any(), "some steps cross the seam"
+    prior = PRIOR | {"prior_arguments": {"dt": 0.1}, "dt": 0.1, "columns": [0, 1], "angles": [0]}
+    models = [Hybrid(**prior, residual=residual, epochs=3, hidden=[8]) for _ in range(2)]
+    reports = [model.fit(data, rng=generator(0)) for model, data in zip(models, (whole, seam), strict=True)]
+    assert reports[1].metrics["holdout_mse"] == pytest.approx(reports[0].metrics["holdout_mse"], rel=1e-3)
+    said = [model.predict(whole.obs, whole.action).mean for model in models]
+    assert torch.allclose(*said, atol=1e-4)
+
+
+def at_home(obs):
+    turned = obs.clone()
+    turned[:, 0] = (obs[:, 0] + torch.pi).remainder(2 * torch.pi) - torch.pi
+    return turned
+
+
+def test_the_filter_takes_angles_the_short_way_round():
+    rng = generator(0)
+    truth = torch.tensor([[3.1, 0.0]]).expand(500, 2)
+    noise = torch.tensor([0.05, 0.05])
+    obs, after = (at_home(truth + noise * torch.randn(500, 2, generator=rng)) for _ in range(2))
+    found = enkf_increments(lambda s, a: at_home(s), obs, torch.zeros(500, 1), after, noise, rng, angles=[0])
+    assert found.abs().max() < 0.5
+    assert found.mean(dim=0).abs().max() < 0.02
+
+
+def test_a_prior_that_lacks_nothing_is_left_alone():
+    """What a pendulum's own prior leaves is the rounding of float32, in whatever units."""
+    for unit in (1.0, 1e-4):
+        data = pairs(300, 0.02, 0.0, 0)
+        data = dataclasses.replace(data, obs=unit * data.obs, next_obs=unit * scaled(data.obs, data.action))
+        prior = {"prior": f"{__name__}.rescaled", "prior_arguments": {"unit": unit}, "dt": 0.02}
+        model = Hybrid(**prior, terms=["1", "x1", "u0"])
+        model.fit(data, rng=generator(0))
+        assert not model.coefficients.any(), model.equations()
+        assert (model.noise > 0).all()
+        assert (model.noise < 1e-4 * unit).all()
+
+
+def scaled(obs, action):
+    return torch.stack([obs[:, 0] + 0.02 * obs[:, 1], 0.9 * obs[:, 1] + action[:, 0]], dim=1)
+
+
+def rescaled(obs, action, unit):
+    return unit * scaled(obs / unit, action)
+
+
 def test_terms_read_as_written():
     obs, action = torch.tensor([[0.5, -2.0]]), torch.tensor([[3.0]])
     values = evaluate_terms(["1", "x1^2", "|x1| x1", "u0 cos(x0)", "tanh(x1/0.5)"], obs, action)[0]
@@ -82,3 +135,5 @@ def test_bad_arguments():
         Hybrid(prior="nowhere.to.be_found")
     with pytest.raises(ValueError, match="columns must name"):
         Hybrid(columns=[7]).fit(pairs(20, 0.02, 0.0, 0), rng=generator(0))
+    with pytest.raises(ValueError, match="angles must name"):
+        Hybrid(angles=[2]).fit(pairs(20, 0.02, 0.0, 0), rng=generator(0))

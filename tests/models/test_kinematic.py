@@ -1,5 +1,6 @@
 """KinematicBicycle: moments are exact, the full covariance is the Jacobians', what is learned does not know places."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -99,6 +100,23 @@ def test_unrolled_training_with_the_independent_recursion_stays_finite():
     model = KinematicBicycle(cov="independent", horizon=5, updates=40)
     report = model.fit(kinematic.log(20, 10, 0), rng=generator(0))
     assert math.isfinite(report.metrics["holdout_nll"])
+
+
+def test_a_log_that_wraps_headings_teaches_the_same():
+    """Headings from 0 to 2 pi, and the same ones within [-pi, pi): the seam is not an event."""
+    whole = kinematic.log(150, 6, 0)
+    seam = dataclasses.replace(whole, obs=wrapped(whole.obs), next_obs=wrapped(whole.next_obs))
+    assert ((seam.next_obs - seam.obs)[:, 3].abs() > 6).sum() >= 5, "some steps cross the seam"
+    metrics = [
+        KinematicBicycle(updates=60).fit(data, rng=generator(0)).metrics["holdout_nll"] for data in (whole, seam)
+    ]
+    assert metrics[1] == pytest.approx(metrics[0], abs=0.02)
+
+
+def wrapped(obs):
+    turned = obs.clone()
+    turned[:, 3] = (obs[:, 3] + math.pi).remainder(2 * math.pi) - math.pi
+    return turned
 
 
 def test_it_plays_in_a_world(fitted):

@@ -1,0 +1,77 @@
+"""What columns are divided by, angles, and fits that fail: relative to the data, and nothing left behind."""
+
+import math
+
+import pytest
+import torch
+
+from learneddyn.core import DataError, generator
+from learneddyn.models import Hybrid, SINDy
+from learneddyn.models.angles import apart, near
+from learneddyn.models.attempt import attempt, require_pair
+from learneddyn.models.scale import gaussian_nll, spread
+from learneddyn.testing import example_transitions
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1.0, 1e9])
+def test_the_spread_is_relative_to_the_column(unit):
+    columns = unit * torch.randn(500, 2, generator=generator(0))
+    assert torch.allclose(spread(columns), columns.std(dim=0, correction=0), rtol=1e-5)
+    assert spread(torch.full((500, 1), unit * math.pi)).item() == 1.0
+    flicker = torch.full((500, 1), unit * math.pi)
+    flicker[::7] = flicker[::7] * (1 + torch.finfo(torch.float32).eps)
+    assert spread(flicker).item() == 1.0, "rounding is no spread"
+
+
+def test_the_likelihood_is_that_of_the_normal_distribution():
+    error, std = torch.randn(50, 3, generator=generator(0)), torch.rand(3, generator=generator(1)) + 0.1
+    wanted = -torch.distributions.Normal(torch.zeros(3), std).log_prob(error).mean()
+    assert torch.allclose(gaussian_nll(error, std), wanted)
+
+
+def test_angles_are_apart_the_short_way_round():
+    before, after = torch.tensor([[3.1, 3.1], [-3.1, 0.0]]), torch.tensor([[-3.1, -3.1], [3.0, 20.0]])
+    short = 2 * math.pi - 6.2
+    assert torch.allclose(
+        apart(after, before, [0]), torch.tensor([[short, -6.2], [6.1 - 2 * math.pi, 20.0]]), atol=1e-5
+    )
+    assert torch.equal(apart(after, before, []), after - before)
+    moved = near(after, before, [0, 1])
+    assert ((moved - before).abs() <= math.pi).all()
+    assert torch.allclose(moved.sin(), after.sin(), atol=1e-5)
+    small = before + 0.1
+    assert torch.equal(near(small, before, [0, 1]), small), "what is near is not touched"
+
+
+def test_a_fit_that_fails_leaves_nothing_behind():
+    data, model = example_transitions(), SINDy(bootstraps=2, dropped=0)
+    with pytest.raises(KeyboardInterrupt), attempt(model, data):
+        model.noise.fill_(3.0)
+        raise KeyboardInterrupt
+    assert model.spaces is None
+    assert model.source == ""
+    model.fit(data, rng=generator(0))
+    kept = model.noise.clone()
+    with pytest.raises(KeyboardInterrupt), attempt(model, data):
+        model.noise.fill_(3.0)
+        raise KeyboardInterrupt
+    assert torch.equal(model.noise, kept)
+    assert model.spaces == data.spaces
+    with pytest.raises(DataError, match="at least 2 transitions"):
+        require_pair(data[:1])
+
+
+def test_a_regressions_noise_has_a_floor_in_units_of_its_column():
+    """The same exact system in metres and in nanometres: the same likelihood but for the change of units."""
+    said = []
+    for unit in (1.0, 1e-9):
+        data = example_transitions()
+        exact = torch.stack([data.obs[:, 0], 0.5 * data.obs[:, 1], 0.25 * data.obs[:, 2]], dim=1)
+        data = type(data)(
+            unit * data.obs, data.action, data.reward, unit * exact, data.terminated, data.episode, data.spaces
+        )
+        model = Hybrid()
+        nll = model.fit(data, rng=generator(0)).metrics["holdout_nll"]
+        assert (model.noise > 0).all()
+        said.append(nll - math.log(unit))
+    assert said[1] == pytest.approx(said[0], abs=0.05)
