@@ -64,7 +64,7 @@ def by_return_in_model(judged: Judgement) -> float:
     begins = rows.obs[rows.positions() == 0]
     some = begins[torch.randperm(len(begins), generator=generator(judged.seed))[:STARTS]]
     world = World(AbstractDynamics.load(judged.judge, device=rows.device), tasks.get(judged.env_id))
-    return return_in_model(judged.agent, world, some, seed=judged.seed).low
+    return return_in_model(judged.agent, world, some, worst=float(rows.reward.min()), seed=judged.seed).low
 
 
 def by_model_error(judged: Judgement) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from learneddyn.agents.diagnostics import change_scale
@@ -32,6 +32,7 @@ def return_in_model(
     world: World,
     start: Float[Tensor, "m o"],
     *,
+    worst: float,
     horizon: int | None = None,
     level: float = 0.95,
     seed: int = 0,
@@ -41,10 +42,15 @@ def return_in_model(
     Every elite plays every start on its own to the end, so the interval shows what the members disagree on, besides
     the spread of the starts.
 
+    A policy must not gain by breaking its judge: from the first step that the world does not trust (or that is not
+    finite) to the horizon every step counts as the worst reward, or as 0 if that is less, which is what an episode that
+    ends is paid.
+
     Args:
         policy: anything with SB3's ``predict``; its deterministic actions are played.
         world: around an ensemble; its sampler is set aside, its trust and terminations are kept.
         start: flat start observations, for example the first of every logged episode.
+        worst: least reward of the log.
         horizon: steps, by default the task's time limit.
         level: nominal coverage.
         seed: of the noise, the same for all policies.
@@ -52,13 +58,14 @@ def return_in_model(
     Raises:
         ValueError: no horizon is known, or no start.
     """
-    pinned, table = copy.copy(world), []
-    for member in world.dynamics.elites.tolist():
-        pinned.sampler = _Pinned(member)
-        rng = generator(seed, start.device)
-        played = imagined(policy, pinned, rng=rng, episodes=len(start), horizon=horizon, start=start)
-        table.append(played.returns)
-    return crossed_interval(np.stack(table), level=level, seed=seed)
+    pinned, elites, rng = copy.copy(world), world.dynamics.elites, generator(seed, start.device)
+    pinned.sampler = _Pinned(elites.repeat_interleave(len(start)))
+    played = imagined(policy, pinned, rng=rng, episodes=len(elites) * len(start), horizon=horizon, start=start)
+    limit = world.task.max_episode_steps if horizon is None else horizon
+    assert limit is not None
+    broken = np.where(played.untrusted, min(worst, 0.0) * (limit - played.lengths), 0.0)
+    table = (played.returns + broken).reshape(len(elites), len(start))
+    return crossed_interval(table, level=level, seed=seed)
 
 
 @torch.no_grad()
@@ -191,7 +198,8 @@ def rank(
         world = worlds[name] if isinstance(worlds, Mapping) else worlds
         inside = error = None
         if world is not None:
-            inside = return_in_model(policy, world, some, horizon=horizon, level=level, seed=seed)
+            worst = float(log.reward.min())
+            inside = return_in_model(policy, world, some, worst=worst, horizon=horizon, level=level, seed=seed)
             error = None if held_out is None else _error_near(policy, world.dynamics, held_out)
         rows.append(Candidate(name, value.value, value.residual, inside, error))
     return Ranking(tuple(sorted(rows, key=lambda row: -row.fqe.value)), gamma)
@@ -206,18 +214,17 @@ def _error_near(policy: Policy, model: Dynamics, held_out: Transitions) -> float
 
 
 class _Pinned:
-    """A sampler that asks one member only."""
+    """A sampler that asks the member of every lane, however the world has dealt them."""
 
-    def __init__(self, member: int) -> None:
+    def __init__(self, member: Int[Tensor, " b"]) -> None:
         self.member = member
 
     def __call__(
         self, state: State, action: Float[Tensor, "b a"], dynamics: Dynamics, rng: torch.Generator
     ) -> tuple[State, Outcome]:
         """Ask it."""
-        member = torch.full_like(state.member, self.member)
-        outcome = dynamics.sample(state.obs, action, member, rng, state.memory)
-        return State(outcome.next_obs, member, outcome.memory), outcome
+        outcome = dynamics.sample(state.obs, action, self.member, rng, state.memory)
+        return State(outcome.next_obs, self.member, outcome.memory), outcome
 
 
 def _told(estimate: Estimate) -> str:

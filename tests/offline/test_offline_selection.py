@@ -59,12 +59,55 @@ def line(rows: int = 400, low: float = -2.0, high: float = 2.0) -> Transitions:
 def test_every_elite_plays_every_start():
     """Return from 0 under a constant action a and drift d over 4 steps: 10 (a + d)."""
     start = torch.tensor([[0.0], [0.5]])
-    found = return_in_model(Constant(0.5), World(Drifting(), TASK), start)
+    found = return_in_model(Constant(0.5), World(Drifting(), TASK), start, worst=-1.0)
     of_members = [[10 * (0.5 + drift) + 4 * first for first in (0.0, 0.5)] for drift in (0.0, 1.0)]
     assert found == crossed_interval(np.array(of_members))
     assert found.value == pytest.approx(11.0)
     assert found.low == pytest.approx(5.0)
     assert found.high == pytest.approx(17.0)
+
+
+class Breaking(Drifting):
+    """Its first member gives no number beyond 1.2; the second stays where it is."""
+
+    def sample(self, obs, action, member, rng, memory=None, *, noise=True):
+        after = torch.where(member[:, None] == 0, obs + action, obs)
+        return Outcome(torch.where(after > 1.2, torch.nan, after))
+
+
+@pytest.mark.parametrize(("worst", "pays"), [(-6.0, -6.0), (0.5, 0.0)])
+def test_a_policy_gains_nothing_by_breaking_the_model(worst, pays):
+    """Member 0 breaks at the third of four steps: 0.5 and 1 are paid before, and then the worst there is, twice."""
+    start = torch.zeros(3, 1)
+    found = return_in_model(Constant(0.5), World(Breaking(), TASK), start, worst=worst)
+    assert found == crossed_interval(np.array([[1.5 + 2 * pays] * 3, [0.0] * 3]))
+    negative = replace(TASK, reward=lambda obs, action, after: after[:, 0] - 5)
+    ranked = [
+        return_in_model(Constant(action), World(Breaking(), negative), start, worst=-6.0).value for action in (0.2, 2.0)
+    ]
+    assert ranked[0] == pytest.approx((0.2 + 0.4 + 0.6 + 0.8 - 20 - 20) / 2)
+    assert ranked[0] > ranked[1] == pytest.approx((4 * -6 - 20) / 2)
+
+
+def test_steps_that_are_not_trusted_pay_the_worst():
+    near = World(Drifting(), TASK, trust=lambda state, action, after: after.obs[:, 0] < 2, halt_reward=100.0)
+    found = return_in_model(Constant(0.5), near, torch.zeros(1, 1), worst=-1.0, horizon=5)
+    assert found == crossed_interval(np.array([[0.5 + 1.0 + 1.5 - 2], [1.5 - 4]]))
+
+
+def test_every_lane_keeps_its_member():
+    """Members in one batch play as each alone does, also where the world would deal them anew."""
+    start = torch.tensor([[0.0], [0.5], [-1.0]])
+    for sampler in ("elite", "tsinf", "mean"):
+        found = return_in_model(Constant(0.5), World(Drifting(), TASK, sampler=sampler), start, worst=0.0)
+        alone = []
+        for member in (0, 1):
+            model = Drifting()
+            model.elites = torch.tensor([member])
+            alone.append(
+                [return_in_model(Constant(0.5), World(model, TASK), row[None], worst=0.0).value for row in start]
+            )
+        assert found == crossed_interval(np.array(alone))
 
 
 def test_model_error_counts_rows_near_the_policy():
@@ -114,7 +157,7 @@ def test_bad_input_is_named():
         rank({"a": Constant(0.0), "b": Constant(1.0)}, log, worlds={"a": World(Drifting(), TASK)})
     with pytest.raises(ValueError, match="has no time limit: pass horizon="):
         endless = World(Drifting(), replace(TASK, max_episode_steps=None))
-        return_in_model(Constant(0.0), endless, torch.zeros(2, 1))
+        return_in_model(Constant(0.0), endless, torch.zeros(2, 1), worst=0.0)
     with pytest.raises(DataError, match="NaN"):
         model_error(Drifting(), replace(log, obs=log.obs / 0))
 
