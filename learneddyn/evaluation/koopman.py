@@ -5,16 +5,23 @@ systems" (2021). A small residual certifies an approximate eigenfunction of the 
 large one marks spectral pollution. The converse does not hold: no amount of data shows that an eigenvalue is absent, so
 everything here returns certificates, never the statement that there is no mode.
 
-All functions take lifted rows ``psi`` before a step and ``psi_next`` after it (`Koopman.lifted_pairs`), weighed alike.
+All functions take blocks of lifted rows ``(psi, psi_next)`` before a step and after it, weighed alike, as
+`Koopman.lifted_pairs` yields them; a single pair of tensors is ``[(psi, psi_next)]``. The data enters through inner
+products alone, so the rows are replaced by the triangle of their QR decomposition, block by block, in float64.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
-from learneddyn.models.koopman import least_squares
+from learneddyn.models.koopman import solve, triangle
+
+Pairs = Iterable[tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]]
+_BLOCK = 2**22
+"""Numbers in the largest intermediate of a pseudospectrum."""
 
 
 class Spectrum(NamedTuple):
@@ -30,13 +37,15 @@ class Spectrum(NamedTuple):
 
 
 @torch.no_grad()
-def spectrum(psi: Float[Tensor, "n k"], psi_next: Float[Tensor, "n k"], rcond: float = 1e-12) -> Spectrum:
+def spectrum(pairs: Pairs, rcond: float = 1e-12) -> Spectrum:
     """Return the eigenpairs of the least-squares matrix and ``|psi_next v - lambda psi v| / |psi v|`` for each.
 
-    Computed in float64 by QR, so that the condition number is not squared.
+    Raises:
+        ValueError: there is no block.
     """
-    before, after = psi.double(), psi_next.double()
-    values, vectors = torch.linalg.eig(least_squares(before, after, rcond))
+    r, k = _triangle(pairs)
+    before, after = r[:, :k], r[:, k:]
+    values, vectors = torch.linalg.eig(solve(r, k, rcond))
     lifted, stepped = before.to(vectors.dtype) @ vectors, after.to(vectors.dtype) @ vectors
     size = lifted.norm(dim=0)
     residuals = (stepped - lifted * values).norm(dim=0) / size.clamp_min(1e-300)
@@ -45,44 +54,55 @@ def spectrum(psi: Float[Tensor, "n k"], psi_next: Float[Tensor, "n k"], rcond: f
 
 
 @torch.no_grad()
-def pseudospectrum(
-    psi: Float[Tensor, "n k"], psi_next: Float[Tensor, "n k"], points: Complex[Tensor, " g"], rcond: float = 1e-12
-) -> Float[Tensor, " g"]:
+def pseudospectrum(pairs: Pairs, points: Complex[Tensor, " g"], rcond: float = 1e-12) -> Float[Tensor, " g"]:
     """Return for every complex point z the smallest residual that any function of the dictionary has there.
 
     A value of epsilon certifies that z lies in the operator's epsilon-pseudospectrum (up to sampling error). Directions
     of the dictionary that the data does not tell apart (singular values below ``rcond``) are left out.
+
+    Raises:
+        ValueError: there is no block.
     """
-    _, r = torch.linalg.qr(torch.cat([psi, psi_next], dim=1).double())
-    k = psi.shape[1]
-    # The data enters only through inner products, so rows of R stand for rows of data.
+    r, k = _triangle(pairs)
     before, after = r[:, :k], r[:, k:]
     _, singular, basis = torch.linalg.svd(before, full_matrices=False)
     kept = singular > rcond * singular[0]
     change = basis[kept].T / singular[kept]
     before, after = (before @ change).to(points.dtype), (after @ change).to(points.dtype)
-    shifted = after - points[:, None, None] * before
-    return torch.linalg.svdvals(shifted)[:, -1].real
+    # As before, a triangle stands for the rows: what is left to decompose is 2 k' by k' for each point.
+    r = torch.linalg.qr(torch.cat([before, after], dim=1), mode="r").R
+    before, after = r[:, : before.shape[1]], r[:, before.shape[1] :]
+    together = max(1, _BLOCK // before.numel())
+    least = [torch.linalg.svdvals(after - z[:, None, None] * before)[:, -1].real for z in points.split(together)]
+    return torch.cat(least)
 
 
 @torch.no_grad()
 def verified_spectrum(
-    psi: Float[Tensor, "n k"],
-    psi_next: Float[Tensor, "n k"],
-    spacing: float = 0.05,
-    radius: float = 1.2,
-    below: float = 0.5,
+    pairs: Pairs, spacing: float = 0.05, radius: float = 1.2, below: float = 0.5
 ) -> tuple[Complex[Tensor, " m"], Float[Tensor, " m"]]:
     """Return the grid points that minimise the residual around themselves, and their residuals as certificates.
 
     Of every grid point z with residual tau <= ``below``, the points with the least residual within distance tau are
     kept. For an operator that preserves its measure the spectrum comes as near to a kept point as its residual.
+
+    Raises:
+        ValueError: there is no block.
     """
-    steps = torch.arange(-radius, radius + spacing / 2, spacing, dtype=torch.float64, device=psi.device)
+    r, k = _triangle(pairs)
+    steps = torch.arange(-radius, radius + spacing / 2, spacing, dtype=torch.float64, device=r.device)
     grid = torch.complex(*torch.meshgrid(steps, steps, indexing="ij")).flatten()
     grid = grid[grid.abs() <= radius]
-    residual = pseudospectrum(psi, psi_next, grid)
-    candidates = residual <= below
-    near = (grid[candidates, None] - grid[None, :]).abs() <= residual[candidates, None] + 1e-12
-    best = torch.where(near, residual[None, :], torch.inf).argmin(dim=1).unique()
-    return grid[best], residual[best]
+    residual = pseudospectrum([(r[:, :k], r[:, k:])], grid)
+    best = []
+    for some in (residual <= below).nonzero().flatten().split(max(1, _BLOCK // len(grid))):
+        near = (grid[some, None] - grid[None, :]).abs() <= residual[some, None] + 1e-12
+        best.append(torch.where(near, residual[None, :], torch.inf).argmin(dim=1))
+    chosen = torch.cat([*best, torch.empty(0, dtype=torch.long, device=r.device)]).unique()
+    return grid[chosen], residual[chosen]
+
+
+def _triangle(pairs: Pairs) -> tuple[Float[Tensor, "_ two_k"], int]:
+    """Return the triangle of ``[psi, psi_next]`` and the width of ``psi``."""
+    r = triangle(torch.cat([psi, psi_next], dim=1).double() for psi, psi_next in pairs)
+    return r, r.shape[1] // 2

@@ -6,8 +6,8 @@ meets model predictive control" (2018), bilinear inputs as in Peitz, Otto, Rowle
 using Interpolated Koopman Generators" (2020). Spectra with certificates are in `learneddyn.evaluation.koopman`.
 """
 
-from collections.abc import Sequence
-from itertools import chain, combinations_with_replacement
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, combinations_with_replacement, pairwise
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +22,8 @@ from learneddyn.spaces import Spaces
 LIFTS = ("linear", "polynomial", "rbf", "learned")
 _OWN = 1e-4
 """Distance from the model's own last prediction, in standard deviations, up to which an observation counts as it."""
+_BLOCK = 2**22
+"""Numbers in a block of lifted rows; a log is lifted and decomposed block by block."""
 _RIDGE = 1e-6
 """Keeps the least squares inside the training of a learned lift of full rank, relative to its rows' norm."""
 
@@ -104,31 +106,40 @@ class Koopman(AbstractRegression):
             raise ValueError(f"angles and unit_pairs must name observation columns 0 to {o - 1}")
         self._plain = [column for column in range(o) if column not in self.angles]
         d = (o + len(self.angles)) * self.delays
-        powers = [
-            [chosen.count(column) for column in range(d)]
-            for total in range(2, self.degree + 1 if self.lift == "polynomial" else 2)
-            for chosen in combinations_with_replacement(range(d), total)
-        ]
         self.register_buffer("pairs", torch.tensor(self.unit_pairs, dtype=torch.long).view(-1, 2), persistent=False)
-        self.register_buffer("powers", torch.tensor(powers).view(-1, d), persistent=False)
-        extra = len(powers) + (self.centres if self.lift in ("rbf", "learned") else 0)
-        n = 1 + d + extra
+        n = 1 + d + (self._build_monomials(d) if self.lift == "polynomial" else 0)
+        n += self.centres if self.lift in ("rbf", "learned") else 0
         rows = n * (1 + a) if self.control == "bilinear" else n + a
         self.register_buffer("shift", torch.zeros(d // self.delays))
         self.register_buffer("scale", torch.ones(d // self.delays))
         self.register_buffer("action_scale", torch.ones(a))
-        self.register_buffer("advance", torch.zeros(rows, n))
-        self.register_buffer("reward_readout", torch.zeros(rows, 1))
+        self.register_buffer("advance", torch.zeros(rows, n, dtype=torch.float64))
+        self.register_buffer("reward_readout", torch.zeros(rows, 1, dtype=torch.float64))
         if self.lift == "rbf":
             self.register_buffer("centre", torch.zeros(self.centres, d))
             self.register_buffer("width", torch.ones(()))
         if self.lift == "learned":
-            self.features = nn.Sequential(
-                nn.Linear(d, self.hidden), nn.Tanh(), nn.Linear(self.hidden, self.hidden), nn.Tanh(),
-                nn.Linear(self.hidden, self.centres),
-            )  # fmt: skip
+            widths = (d, self.hidden, self.hidden, self.centres)
+            # `_train_lift` draws the weights from the fit's own generator.
+            first, second, third = (nn.utils.skip_init(nn.Linear, *pair) for pair in pairwise(widths))
+            self.features = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), third)
             self.register_buffer("feature_shift", torch.zeros(self.centres))
             self.register_buffer("feature_scale", torch.ones(self.centres))
+
+    def _build_monomials(self, d: int) -> int:
+        """Write every monomial down as one of a degree less times a column; return how many there are."""
+        lower: list[tuple[int, ...]] = [(column,) for column in range(d)]
+        count = 0
+        for degree in range(2, self.degree + 1):
+            higher = list(combinations_with_replacement(range(d), degree))
+            place = {chosen: index for index, chosen in enumerate(lower)}
+            for name, index in (
+                ("parent", [place[chosen[:-1]] for chosen in higher]),
+                ("factor", [chosen[-1] for chosen in higher]),
+            ):
+                self.register_buffer(f"{name}_{degree}", torch.tensor(index), persistent=False)
+            lower, count = higher, count + len(higher)
+        return count
 
     def coordinates(self, obs: Float[Tensor, "b o"]) -> Float[Tensor, "b d"]:
         """Return standardised observations, angles as cosine and sine behind the other columns."""
@@ -137,12 +148,16 @@ class Koopman(AbstractRegression):
     def lifted(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
         """Return the dictionary at (delayed) coordinates: 1, the coordinates, then what the lift adds."""
         parts = [torch.ones_like(x[:, :1]), x]
-        if self.lift == "polynomial" and len(self.powers):
-            parts.append((x[:, None, :] ** self.powers).prod(dim=-1))
+        if self.lift == "polynomial":
+            for degree in range(2, self.degree + 1):
+                parent, factor = self.get_buffer(f"parent_{degree}"), self.get_buffer(f"factor_{degree}")
+                parts.append(parts[-1].index_select(1, parent) * x.index_select(1, factor))
         if self.lift == "rbf":
-            parts.append((-torch.cdist(x, self.centre) / self.width).exp())
+            # The faster way by inner products loses the digits of small distances.
+            far = torch.cdist(x, self.centre.to(x.dtype), compute_mode="donot_use_mm_for_euclid_dist")
+            parts.append((-far / self.width).exp())
         if self.lift == "learned":
-            parts.append((self.features(x) - self.feature_shift) / self.feature_scale)
+            parts.append(((self.features(x.float()) - self.feature_shift) / self.feature_scale).to(x.dtype))
         return torch.cat(parts, dim=1)
 
     def driven(self, psi: Float[Tensor, "b n"], action: Float[Tensor, "b a"]) -> Float[Tensor, "b r"]:
@@ -152,19 +167,33 @@ class Koopman(AbstractRegression):
             return torch.cat([psi, u], dim=1)
         return torch.cat([psi, (u[:, :, None] * psi[:, None, :]).flatten(1)], dim=1)
 
-    def lifted_pairs(self, data: Transitions) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
-        """Return the lifted rows before a step and after it, with the inputs' share taken out of the latter.
+    @torch.no_grad()
+    def lifted_pairs(self, data: Transitions) -> Iterator[tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]]:
+        """Yield the lifted rows before a step and after it, the inputs' share taken out of the latter, in float64.
 
-        This is what spectra are computed from; they belong to the operator with zero input.
+        This is what spectra are computed from; they belong to the operator with zero input. Blocks of at most 2^22
+        numbers: a long log is never lifted as a whole.
 
         Raises:
             ValueError: the model has not been fitted.
         """
         self._require_fitted()
-        before, after = self._windows(data)
-        psi, psi_next = self.lifted(before), self.lifted(after)
-        n = psi.shape[1]
-        return psi, psi_next - self.driven(psi, data.action)[:, n:] @ self.advance[n:]
+        for psi, psi_next, driven, _ in self._lifted_blocks(data, torch.ones_like(data.terminated)):
+            n = psi.shape[1]
+            yield psi, psi_next - driven[:, n:] @ self.advance[n:]
+
+    def _lifted_blocks(
+        self, data: Transitions, rows: Bool[Tensor, " n"]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yield the marked rows in float64: lifted before and after the step, driven, and their rewards."""
+        before, after = (part[rows] for part in self._windows(data))
+        columns = (before, after, data.action[rows].double(), data.reward[rows, None].double())
+        for x, then, action, reward in zip(*(c.split(self._block_rows()) for c in columns), strict=True):
+            psi = self.lifted(x)
+            yield psi, self.lifted(then), self.driven(psi, action), reward
+
+    def _block_rows(self) -> int:
+        return max(1, _BLOCK // (len(self.advance) + self.advance.shape[1] + 1))
 
     def _encoded(self, obs: Tensor) -> Tensor:
         if not self.angles:
@@ -207,10 +236,10 @@ class Koopman(AbstractRegression):
             assert memory is not None
             psi, after = self._seen(memory, now, obs), None
         driven = self.driven(psi, action)
-        psi_next = driven @ self.advance
+        psi_next = driven @ self.advance.to(driven.dtype)
         mean = self._decoded(psi_next[:, 1 : 1 + now.shape[1]], obs)
         if self.learn_reward:
-            mean = torch.cat([mean, driven @ self.reward_readout], dim=1)
+            mean = torch.cat([mean, driven @ self.reward_readout.to(driven.dtype)], dim=1)
         return Answer(mean[None], after if self.relift else psi_next)
 
     def _seen(
@@ -222,8 +251,8 @@ class Koopman(AbstractRegression):
         return torch.where(own, memory, self.lifted(now))
 
     def _windows(self, data: Transitions) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
-        """Return delayed coordinates before and after every row; delays stay within an unbroken stretch of the log."""
-        now, then = self.coordinates(data.obs), self.coordinates(data.next_obs)
+        """Return delayed coordinates before and after every row, in float64; delays stay within unbroken stretches."""
+        now, then = (self.coordinates(part.double()) for part in (data.obs, data.next_obs))
         row = torch.arange(len(data), device=data.device)
         first = row - elapsed(data)
         history = [now[torch.maximum(row - lag, first)] for lag in range(self.delays)]
@@ -236,16 +265,16 @@ class Koopman(AbstractRegression):
         self.shift.copy_(encoded.mean(dim=0))
         self.scale.copy_(_nonzero(encoded.std(dim=0, correction=0)))
         self.action_scale.copy_(_nonzero(data.action[rows].abs().amax(dim=0)))
-        before, after = (part[rows] for part in self._windows(data))
-        action, history = data.action[rows], [{"epoch": 1.0}]
+        history = [{"epoch": 1.0}]
         if self.lift == "rbf":
-            self._place_centres(before, rng)
+            self._place_centres(self._windows(data)[0][rows], rng)
         if self.lift == "learned":
-            history = self._train_lift(before, after, action, rng, progress)
+            before, after = (part[rows].float() for part in self._windows(data))
+            history = self._train_lift(before, after, data.action[rows], rng, progress)
         with torch.no_grad():
-            psi, psi_next = self.lifted(before).double(), self.lifted(after).double()
-            targets = torch.cat([psi_next, data.reward[rows, None].double()], dim=1)
-            solution = least_squares(self.driven(psi, action.double()), targets, self.rcond)
+            blocks = self._lifted_blocks(data, rows)
+            r = triangle(torch.cat([driven, after, reward], dim=1) for _, after, driven, reward in blocks)
+            solution = solve(r, len(self.advance), self.rcond)
             self.advance.copy_(solution[:, :-1])
             self.reward_readout.copy_(solution[:, -1:])
         return history
@@ -309,7 +338,6 @@ class Koopman(AbstractRegression):
 
     # Declared for type checkers; `_build_members` registers them.
     pairs: Tensor
-    powers: Tensor
     shift: Tensor
     scale: Tensor
     action_scale: Tensor
@@ -321,13 +349,29 @@ class Koopman(AbstractRegression):
     feature_scale: Tensor
 
 
-def least_squares(x: Float[Tensor, "n p"], y: Float[Tensor, "n q"], rcond: float) -> Float[Tensor, "p q"]:
-    """Return the minimum-norm solution of x w = y, singular values below ``rcond`` times the largest left out.
+def triangle(blocks: Iterable[Float[Tensor, "_ k"]]) -> Float[Tensor, "_ k"]:
+    """Return the R of the QR decomposition of stacked blocks of rows, which has the same inner products of columns.
 
-    By QR, then the SVD of R: the condition number is never squared, and only R is decomposed.
+    Only one block and R are ever held, and no Q; the condition number is not squared, as normal equations would.
+
+    Raises:
+        ValueError: there is no block.
     """
-    q, r = torch.linalg.qr(x)
-    return torch.linalg.pinv(r, rtol=rcond) @ (q.T @ y)
+    r: Tensor | None = None
+    for block in blocks:
+        r = torch.linalg.qr(block if r is None else torch.cat([r, block]), mode="r").R
+    if r is None:
+        raise ValueError("a QR decomposition needs at least one block of rows")
+    return r
+
+
+def solve(r: Float[Tensor, "_ k"], p: int, rcond: float) -> Float[Tensor, "_ q"]:
+    """Return the minimum-norm least-squares map of the first ``p`` columns to the others, from their `triangle`.
+
+    Singular values below ``rcond`` times the largest are left out.
+    """
+    top = r[:p]
+    return torch.linalg.pinv(top[:, :p], rtol=rcond) @ top[:, p:]
 
 
 def _nonzero(std: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Koopman: closed systems are exact, spurious modes are flagged, memory and pairs do what they say."""
 
+from itertools import combinations_with_replacement
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -7,8 +9,8 @@ import torch
 
 from learneddyn.core import DataError, Task, Transitions, generator
 from learneddyn.evaluation.koopman import pseudospectrum, spectrum, verified_spectrum
-from learneddyn.models import Koopman
-from learneddyn.models.koopman import least_squares
+from learneddyn.models import Koopman, koopman
+from learneddyn.models.koopman import solve, triangle
 from learneddyn.spaces import Spaces
 from learneddyn.testing import example_transitions
 from learneddyn.world import World
@@ -41,7 +43,7 @@ def monomials(obs, degree):
 def test_six_of_ten_modes_of_the_closed_system_are_verified(closed):
     x, y = closed.obs.double().T
     after = torch.stack([0.9 * x, 0.5 * y + 0.31 * x**2], dim=1)
-    found = spectrum(monomials(closed.obs, 3), monomials(after, 3))
+    found = spectrum([(monomials(closed.obs, 3), monomials(after, 3))])
     assert int(found.verified(1e-8).sum()) == 6
     expected = torch.tensor([0.45, 0.5, 0.729, 0.81, 0.9, 1.0], dtype=torch.float64)
     assert torch.allclose(found.eigenvalues[:6].real.sort().values, expected, atol=1e-8)
@@ -51,12 +53,12 @@ def test_six_of_ten_modes_of_the_closed_system_are_verified(closed):
 def test_the_pseudospectrum_vanishes_at_eigenvalues_and_bounds_them(closed):
     x, y = closed.obs.double().T
     after = torch.stack([0.9 * x, 0.5 * y + 0.31 * x**2], dim=1)
-    pair = monomials(closed.obs, 3), monomials(after, 3)
+    pairs = [(monomials(closed.obs, 3), monomials(after, 3))]
     points = torch.tensor([0.9, 0.5, 0.3 + 0.4j], dtype=torch.complex128)
-    residual = pseudospectrum(*pair, points)
+    residual = pseudospectrum(pairs, points)
     assert (residual[:2] < 1e-6).all()
     assert residual[2] > 0.05
-    kept, certificates = verified_spectrum(*pair, spacing=0.1)
+    kept, certificates = verified_spectrum(pairs, spacing=0.1)
     assert len(kept) == len(certificates) > 0
     assert (certificates <= 0.5).all()
 
@@ -64,9 +66,57 @@ def test_the_pseudospectrum_vanishes_at_eigenvalues_and_bounds_them(closed):
 def test_least_squares_leaves_out_what_the_data_does_not_tell_apart():
     x = torch.randn(50, 2, generator=generator(0), dtype=torch.float64)
     twice = torch.cat([x, x[:, :1]], dim=1)
-    solution = least_squares(twice, x[:, :1], 1e-9)
+    solution = solve(triangle([torch.cat([twice, x[:, :1]], dim=1)]), 3, 1e-9)
     assert torch.allclose(twice @ solution, x[:, :1], atol=1e-9)
     assert torch.allclose(solution[0], solution[2]), "the minimum-norm solution shares alike"
+
+
+@pytest.mark.parametrize("rows", [2, 4, 6, 300])
+def test_blocks_of_rows_give_the_least_squares_of_all_rows(rows):
+    x, y = (torch.randn(rows, width, generator=generator(0), dtype=torch.float64) for width in (5, 3))
+    together = torch.cat([x, y], dim=1)
+    r = triangle(iter(together.split(7)))
+    assert r.shape[0] <= 8
+    assert torch.allclose(r.T @ r, together.T @ together)
+    assert torch.allclose(solve(r, 5, 1e-12), torch.linalg.pinv(x) @ y)
+    with pytest.raises(ValueError, match="at least one block"):
+        triangle([])
+
+
+def test_a_fit_does_not_depend_on_the_size_of_its_blocks(closed, monkeypatch):
+    whole, parts = Koopman(degree=2), Koopman(degree=2)
+    whole.fit(closed, rng=generator(0))
+    monkeypatch.setattr(koopman, "_BLOCK", 1000)
+    parts.fit(closed, rng=generator(0))
+    assert torch.allclose(whole.advance, parts.advance, atol=1e-10)
+    blocks = list(parts.lifted_pairs(closed))
+    assert len(blocks) > 10
+    assert max(len(psi) for psi, _ in blocks) * 19 <= 1000
+    monkeypatch.undo()
+    assert torch.allclose(spectrum(blocks).residuals, spectrum(parts.lifted_pairs(closed)).residuals, atol=1e-10)
+
+
+def test_a_fitted_model_verifies_the_same_six_modes():
+    """The dictionary of degree 3 spans the ten monomials, however the data is shifted and scaled."""
+    obs = 2 * torch.rand(2000, 2, generator=generator(0), dtype=torch.float64) - 1
+    x, y = obs.T
+    data = logged(obs, torch.stack([0.9 * x, 0.5 * y + 0.31 * x**2], dim=1))
+    model = Koopman(degree=3, control="linear")
+    model.fit(data, rng=generator(0))
+    found = spectrum(model.lifted_pairs(data))
+    assert int(found.verified(1e-8).sum()) == 6
+    assert (found.residuals[6:] > 1e-2).all()
+
+
+def test_monomials_are_products_of_columns():
+    model = Koopman(degree=4, delays=2)
+    model.fit(example_transitions(), rng=generator(0))
+    x = torch.randn(5, 6, generator=generator(1), dtype=torch.float64)
+    found = model.lifted(x)
+    expected = [torch.ones(5, dtype=torch.float64), *x.T]
+    for degree in (2, 3, 4):
+        expected += [x[:, list(each)].prod(dim=1) for each in combinations_with_replacement(range(6), degree)]
+    assert torch.allclose(found, torch.stack(expected, dim=1))
 
 
 @pytest.mark.parametrize("relift", [True, False])
