@@ -20,7 +20,10 @@ class Transfer(NamedTuple):
         backward: mean over all but the last task of the gain since it was learned; 0 for a single task.
         forgetting: for every task but the last, the best it ever was before the end minus what it is at the end, as a
             loss: negative where the end is the best.
-        retention: for every task, score at the end over score right after it was learned (errors: the inverse).
+        retention: for every task, score at the end over score right after it was learned (errors: the inverse), the
+            share of what was learned that is still there. None where the score below the fraction bar is not positive:
+            of a return of -200 no share can be kept (-100 is better, and half of it); `backward` and `forgetting` are
+            differences and hold there too.
         zero_shot: mean over all but the first task of the score before it was learned, minus the untrained model's;
             None without ``untrained``.
         forward: mean over all but the first task of the score right after it was learned minus the one of a learner
@@ -31,7 +34,7 @@ class Transfer(NamedTuple):
     learned: float
     backward: float
     forgetting: tuple[float, ...]
-    retention: tuple[float, ...]
+    retention: tuple[float | None, ...]
     zero_shot: float | None = None
     forward: float | None = None
 
@@ -58,14 +61,14 @@ def transfer(scores: Any, *, lower_is_better: bool = False, untrained: Any = Non
         row, column = np.argwhere(needed & ~np.isfinite(table))[0]
         raise ValueError(f"the score on task {column} after task {row} is {table[row, column]}, it must be finite")
     own, end = table.diagonal(), table[-1]
-    ratio = own / end if lower_is_better else end / own
+    shares = zip(own, end, strict=True) if lower_is_better else zip(end, own, strict=True)
     best = [float((sign * table[task:-1, task]).max()) for task in range(tasks - 1)]
     return Transfer(
         final=float(end.mean()),
         learned=float(own.mean()),
         backward=float(sign * (end - own)[:-1].mean()) if tasks > 1 else 0.0,
         forgetting=tuple(high - sign * float(end[task]) for task, high in enumerate(best)),
-        retention=tuple(map(float, ratio)),
+        retention=tuple(float(share / whole) if whole > 0 else None for share, whole in shares),
         zero_shot=_ahead(table.diagonal(1), untrained, sign, tasks),
         forward=_ahead(own[1:], alone, sign, tasks),
     )

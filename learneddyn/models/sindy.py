@@ -108,7 +108,7 @@ class SINDy(AbstractRegression):
             angles=self.angles,
             unit_pairs=self.unit_pairs,
         )
-        self._evaluators: dict[str, tuple[tuple[Any, ...], Evaluator]] = {}
+        self._evaluators: dict[str, tuple[Tensor, int, Evaluator]] = {}
         self._relative = list(range(o)) if self.target == "change" else self.angles
         count = len(self._library)
         self.register_buffer("bootstrapped", torch.zeros(self.bootstraps, count, o))
@@ -189,10 +189,14 @@ class SINDy(AbstractRegression):
     def _evaluator(self, name: str) -> Evaluator:
         """Return what evaluates these coefficients, remembered until they change."""
         coefficients, known = getattr(self, name), self._evaluators.get(name)
-        key = coefficients._version, coefficients.dtype, coefficients.device
-        if known is None or known[0] != key:
-            known = self._evaluators[name] = key, Evaluator(self._library, coefficients)
-        return known[1]
+        if known is None or known[0] is not coefficients or known[1] != coefficients._version:
+            evaluator = Evaluator(self._library, coefficients)
+            known = self._evaluators[name] = coefficients, coefficients._version, evaluator
+        return known[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Let copies begin without evaluators: the versions of a copied tensor are counted from zero again."""
+        return self.__dict__ | {"_evaluators": {}}
 
     def _learn(
         self, data: Transitions, rows: Bool[Tensor, " n"], rng: torch.Generator, progress: bool

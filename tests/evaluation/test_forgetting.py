@@ -46,6 +46,16 @@ def test_nothing_forgotten():
     assert found.final == found.learned == 5.0
 
 
+def test_no_share_is_kept_of_what_is_not_positive():
+    """A return that falls from -100 to -200 has not been retained twofold, and one of 0 not infinitely well."""
+    found = transfer([[-100.0, NAN, NAN], [0.0, 0.0, NAN], [-200.0, 5.0, 10.0]])
+    assert found.retention == (None, None, 1.0)
+    assert found.forgetting == (200.0, -5.0)
+    assert found.backward == pytest.approx((-100 + 5) / 2)
+    assert transfer([[10.0, NAN], [-5.0, 1.0]]).retention == (-0.5, 1.0), "lost, and half as much again"
+    assert transfer([[0.5, NAN], [0.0, 1.0]], lower_is_better=True).retention == (None, 1.0)
+
+
 def test_one_task_has_no_transfer():
     assert transfer([[2.0]], untrained=[1.0], alone=[1.0]) == (2.0, 2.0, 0.0, (), (1.0,), 0.0, 0.0)
 

@@ -1,6 +1,7 @@
 """SINDy: supports are recovered, the library counts as the paper's, equations print, rollouts agree with pysindy."""
 
 import copy
+import pickle
 import time
 
 import gymnasium as gym
@@ -244,3 +245,34 @@ def test_bad_arguments():
         model = SINDy(bootstraps=1)
         model.fit(polynomial(100), rng=generator(0))
         model.equations(["x"])
+
+
+@torch.no_grad()
+def test_a_copy_does_not_answer_with_what_its_original_remembered():
+    """Versions of a copied tensor begin at zero: after as many changes as the original had seen, they are the same."""
+    data = polynomial(300)
+    model = SINDy(bootstraps=2, dropped=0)
+    model.fit(data, rng=generator(0))
+    before = model.predict(data.obs, data.action).mean
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied.predict(data.obs, data.action).mean, before)
+    copied = copy.deepcopy(model)
+    while copied.coefficients._version < model.coefficients._version:
+        copied.coefficients.mul_(1.0)
+    copied.coefficients.data.mul_(0.5)
+    assert torch.allclose(copied.predict(data.obs, data.action).mean, 0.5 * before, atol=1e-6)
+    assert torch.equal(model.predict(data.obs, data.action).mean, before)
+
+
+@torch.no_grad()
+def test_tensors_that_take_the_place_of_others_are_seen():
+    data = polynomial(300)
+    model = SINDy(bootstraps=2, dropped=0)
+    model.fit(data, rng=generator(0))
+    before = model.predict(data.obs, data.action).mean
+    halved = {name: 0.5 * tensor if name == "coefficients" else tensor for name, tensor in model.state_dict().items()}
+    fresh = halved["coefficients"]
+    while fresh._version < model.coefficients._version:
+        fresh.mul_(1.0)
+    model.load_state_dict(halved, assign=True)
+    assert torch.allclose(model.predict(data.obs, data.action).mean, 0.5 * before, atol=1e-6)
