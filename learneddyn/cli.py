@@ -10,10 +10,10 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -36,9 +36,10 @@ from learneddyn.data.grades import Grade, algorithms
 from learneddyn.envs import check_settings, first_observations, load_world, save_world, world_names
 from learneddyn.evaluation import Round
 from learneddyn.evaluation.render import side_by_side
-from learneddyn.files import write_file
-from learneddyn.models import AbstractDynamics, ProbabilisticEnsemble
+from learneddyn.files import replace_file, write_file
+from learneddyn.models import AbstractDynamics, AbstractModel, ProbabilisticEnsemble
 from learneddyn.offline import objectives
+from learneddyn.offline.dataset import check as check_log
 from learneddyn.planners import AbstractPlanner
 from learneddyn.runs import (
     Notify,
@@ -63,7 +64,7 @@ from learneddyn.runs.offline import (
 )
 from learneddyn.runs.online import Mark, draw_curves, learn_online
 from learneddyn.runs.report import report_runs
-from learneddyn.runs.sweep import run_sweep, write_summary
+from learneddyn.runs.sweep import check_sweep, run_sweep, write_summary
 from learneddyn.runs.trials import Trial, learn_trials
 
 console = Console(width=None if sys.stdout.isatty() else 120)
@@ -631,6 +632,8 @@ def offline(
     _check_learner(kind, kwargs, model)
     dataset = _ids(dataset)
     real_id = env_id or _env_of(dataset)
+    _check_judge(real_id)
+    _known_task(kind, real_id, kwargs)
     settings = {
         "agent": kind.__name__,
         "dataset": dataset,
@@ -653,7 +656,8 @@ def offline(
                    asked | {"protocol": protocol, "env_kwargs": env_kwargs})  # fmt: skip
     outcomes = for_each_seed(work, chosen, workers=workers, progress=progress)
     title = f"{kind.__name__} on {', '.join(dataset)}"
-    path = write_offline_report(folder.path, title, real_id, outcomes, settings, _weight_notes(kind, kwargs))
+    notes = _weight_notes(kind, kwargs) + _label_notes(folder.path, chosen)
+    path = write_offline_report(folder.path, title, real_id, outcomes, settings, notes)
     table = Table(title=f"{title}: {fresh_episodes} real episodes of the {protocol} policy")
     for column in ("seed", "return", "at update", "last ten judgements"):
         table.add_column(column, justify="right")
@@ -711,12 +715,12 @@ def sweep(
         resume: go on with the sweep in the folder.
         progress: show progress.
     """
-    kind, kwargs, dataset = _learner(agent), agent_kwargs or {}, _ids(dataset)
+    kind, kwargs, dataset, chosen = _learner(agent), agent_kwargs or {}, _ids(dataset), seeds or [seed]
+    check_sweep(space or {}, trials=trials, sampler=sampler, workers=workers, ray=ray)
     of_agents = [name.split(".")[1] for name in space or {} if name.startswith("agent_kwargs.")]
     _check_learner(kind, kwargs | dict.fromkeys(of_agents), model)
     if wrong := [name for name in space or {} if name.split(".")[0] not in ("updates", "agent_kwargs", "model")]:
         raise ValueError(f"space holds {wrong[0]!r}; names are updates, agent_kwargs.NAME and model.NAME")
-    objectives.objective(objective)
     real_id = env_id or _env_of(dataset)
     base = {
         "agent": kind.__name__,
@@ -726,7 +730,10 @@ def sweep(
         "model": None if model is None else described(model),
         "agent_kwargs": kwargs,
     }
-    chosen = seeds or [seed]
+    _check_objective(kind, objective, real_id)
+    _check_trials(kind, base, space or {}, save_every, chosen)
+    log, _ = objectives.split_log(load(dataset, device=device))
+    check_log(log, _known_task(kind, real_id, kwargs).get("task"), rewards=kind.from_rewards)
     settings = base | {"space": space, "objective": objective, "sampler": sampler, "seeds": chosen}
     folder = RunFolder(out, settings, resume=resume)
     judge = folder.path.resolve() / "judge"  # Ray's workers stand elsewhere
@@ -857,8 +864,11 @@ def _preset(command: str, name: str) -> Path:
 
 def _registered(env_id: str) -> bool:
     """Tell whether Gymnasium knows the environment; tasks of your own logs may have no simulator."""
+    module, colon, bare = env_id.partition(":")
     try:
-        gym.spec(env_id)
+        if colon:  # `gym.make` imports the module, `gym.spec` does not
+            import_module(module)
+        gym.spec(bare if colon else env_id)
     except gym.error.Error:
         return False
     return True
@@ -1028,29 +1038,94 @@ def _env_of(dataset: list[str]) -> str:
     return spec.id
 
 
-def _offline_data(dataset: list[str], label_actions: bool, seed: int) -> Transitions:
+def _offline_data(dataset: list[str], label_actions: bool, seed: int, home: Path) -> Transitions:
+    """Return the log of a seed; where actions were filled in, labels.json in its folder says how well."""
     if not label_actions:
         return load(dataset)
-    return learners.semi_supervised(dataset, rng=generator(seed)).data
+    labelled = learners.semi_supervised(dataset, rng=generator(seed))
+    assert labelled.report is not None
+    filled = labelled.std.any(dim=1)
+    figures = {"rows": len(filled), "filled": int(filled.sum()), "std": float(labelled.std[filled].mean())}
+    home.mkdir(parents=True, exist_ok=True)
+    replace_file(home / "labels.json", json.dumps(figures | labelled.report.metrics).encode())
+    return labelled.data
 
 
-def _known_task(real_id: str) -> dict[str, Any]:
-    return {"task": tasks.get(real_id)} if real_id in tasks.names() else {}
+def _label_notes(folder: Path, seeds: Sequence[int]) -> list[str]:
+    """Say how well the actions of each seed were filled in, as far as the log can tell."""
+    found = {seed: folder / f"seed-{seed}" / "labels.json" for seed in seeds}
+    labels = {seed: json.loads(path.read_text()) for seed, path in found.items() if path.exists()}
+    return [
+        f"Seed {seed}: inverse dynamics filled in the actions of {entry['filled']} of {entry['rows']} rows, with a "
+        f"mean deviation of {entry['std']:.3g}; learned from {entry['train_rows']:.0f} rows that hold one, it explains "
+        f"{entry['holdout_r2']:.3f} of the variance (R2) of the actions in {entry['holdout_rows']:.0f} others."
+        for seed, entry in labels.items()
+    ]
+
+
+def _check_judge(real_id: str) -> None:
+    """Refuse an environment that cannot judge, before anything is learned."""
+    if not _registered(real_id):
+        raise ValueError(
+            f"Gymnasium knows no environment {real_id!r}, the judge: pass --env_id, as module:Id-v0 if a module of "
+            "yours registers it"
+        )
+
+
+def _known_task(kind: type[learners.OfflineAlgorithm], real_id: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the task of a learner: the one in its arguments, or the environment's.
+
+    Learners without a model use it only to check the log, and do without one.
+
+    Raises:
+        UnknownTask: no task is known, and the learner needs one to imagine.
+    """
+    if "task" in kwargs:
+        given = _instance(kwargs["task"])
+        return {"task": tasks.get(given) if isinstance(given, str) else given}
+    try:
+        return {"task": tasks.get(real_id)}
+    except tasks.UnknownTask as error:
+        if issubclass(kind, learners.OfflineMBPO):
+            raise tasks.UnknownTask(
+                f"{error}. Here the second way is agent_kwargs: {{task: {{class: learneddyn.core.Task, config: "
+                f"{{real_id: {real_id}}}}}}}: rewards and terminations are then learned from the log"
+            ) from error
+        return {}
 
 
 def _offline_agent(
     kind: type[learners.OfflineAlgorithm],
-    data: Transitions,
-    task: str,
+    data: Transitions | None,
+    real_id: str,
     model: AbstractDynamics | None,
     kwargs: dict[str, Any],
     device: str,
     seed: int,
+    **own: Any,
 ) -> learners.OfflineAlgorithm:
-    given = {name: _instance(value) for name, value in kwargs.items()}
+    """Return a new learner; without data it is one whose arguments are checked and no more."""
+    given: dict[str, Any] = {name: _instance(value) for name, value in kwargs.items()}
+    given |= _known_task(kind, real_id, kwargs)
     if model is not None:
         given["model"] = type(model)(**model.config())
-    return kind("MlpPolicy", data, **_known_task(task) | {"seed": seed, "device": device} | given)
+    settled: dict[str, Any] = {"seed": seed, "device": device} | given | own
+    return kind("MlpPolicy", data, **settled)
+
+
+def _offline_again(
+    kind: type[learners.OfflineAlgorithm],
+    data: Callable[[], Transitions],
+    real_id: str,
+    kwargs: dict[str, Any],
+    device: str,
+    path: Path,
+) -> learners.OfflineAlgorithm:
+    """Return the learner in a zip file, with what such a file does not hold: data, task, functions."""
+    kept = _known_task(kind, real_id, kwargs)
+    if callable(judge := _instance(kwargs.get("dynamics_reward"))) and not isinstance(judge, AbstractModel):
+        kept["dynamics_reward"] = judge
+    return kind.load(path, data=data(), device=device, **kept)
 
 
 def _instance(value: Any) -> Any:
@@ -1078,12 +1153,18 @@ def _one_offline(
     notify: Notify,
 ) -> Outcome:
     """Learn with one seed; runs in a process of its own."""
-    data = source(seed)
-    make = partial(_offline_agent, kind, data, real_id, model, kwargs, device, seed)
-    again = partial(kind.load, data=data, device=device, **_known_task(real_id))
-    return learn_offline(
-        make, again, real_id, folder / f"seed-{seed}", seed=seed, device=device, notify=notify, **asked
-    )
+    home = folder / f"seed-{seed}"
+
+    @cache
+    def data() -> Transitions:
+        """Return the log; a seed that has ended needs none."""
+        return source(seed, home)
+
+    def make() -> learners.OfflineAlgorithm:
+        return _offline_agent(kind, data(), real_id, model, kwargs, device, seed)
+
+    again = partial(_offline_again, kind, data, real_id, kwargs, device)
+    return learn_offline(make, again, real_id, home, seed=seed, device=device, notify=notify, **asked)
 
 
 def planned(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -1105,6 +1186,43 @@ def planned(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     return plan
 
 
+def _check_objective(kind: type[learners.OfflineAlgorithm], name: str, real_id: str) -> None:
+    """Refuse an objective that cannot judge this learner, before anything is fitted."""
+    objectives.objective(name)
+    if name == "model_error" and not issubclass(kind, learners.OfflineMBPO):
+        raise ValueError(f"model_error judges agents with a model, {kind.__name__} has none: choose another objective")
+    if name == "real":
+        _check_judge(real_id)
+    if name == "return_in_model":
+        tasks.get(real_id)
+
+
+def _check_trials(
+    kind: type[learners.OfflineAlgorithm],
+    base: dict[str, Any],
+    space: dict[str, Any],
+    save_every: int,
+    seeds: list[int],
+) -> None:
+    """Refuse settings that no trial can be played with: each end of each range is tried where all others begin.
+
+    Learners and models are made and thrown away; they check their arguments, and no data is looked at.
+    """
+    if save_every < 1 or len(set(seeds)) != len(seeds):
+        raise ValueError(f"save_every must be at least 1 and seeds distinct, got {save_every} and {seeds}")
+    ends = {name: entry if isinstance(entry, list) else [entry["low"], entry["high"]] for name, entry in space.items()}
+    begin = {name: values[0] for name, values in ends.items()}
+    for name, value in [(name, value) for name, values in ends.items() for value in values]:
+        plan = planned(base, begin | {name: value})
+        try:
+            if plan["updates"] < 1:
+                raise ValueError(f"updates must be at least 1, got {plan['updates']}")
+            model = _instance(plan["model"])
+            _offline_agent(kind, None, base["env_id"], model, plan["agent_kwargs"], "cpu", 0, _init_setup_model=False)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"no trial can have {name} = {value!r}: {error}") from error
+
+
 def _sweep_trial(
     base: dict[str, Any],
     objective: str,
@@ -1118,14 +1236,20 @@ def _sweep_trial(
     """Learn with every seed and return the mean of the objective; runs in a process of its own."""
     plan, kind, judged = planned(base, settings), _learner(base["agent"]), objectives.objective(objective)
     log, held_out = objectives.split_log(load(base["dataset"], device=device))
-    model, real_id, values = _instance(plan["model"]), base["env_id"], []
+    model, real_id, kwargs, values = _instance(plan["model"]), base["env_id"], plan["agent_kwargs"], []
     for seed in seeds:
-        make = partial(_offline_agent, kind, log, real_id, model, plan["agent_kwargs"], device, seed)
-        again = partial(kind.load, data=log, device=device, **_known_task(real_id))
         home = folder / f"seed-{seed}"
-        learned = train_offline(make, again, home, updates=plan["updates"], save_every=save_every)
-        assert isinstance(learned, learners.OfflineAlgorithm)
-        values.append(judged(objectives.Judgement(learned, log, held_out, judge, real_id, seed)))
+        value = home / "value.json"
+        if not value.exists():
+            make = partial(_offline_agent, kind, log, real_id, model, kwargs, device, seed)
+            again = partial(_offline_again, kind, lambda: log, real_id, kwargs, device)
+            learned = train_offline(make, again, home, updates=plan["updates"], save_every=save_every)
+            assert isinstance(learned, learners.OfflineAlgorithm)
+            worth = judged(objectives.Judgement(learned, log, held_out, judge, real_id, seed))
+            replace_file(value, json.dumps(worth).encode())
+        # The agent stays; what it imagined weighs a hundred times as much, and only going on would need it.
+        (home / "checkpoint" / "imagined").unlink(missing_ok=True)
+        values.append(json.loads(value.read_text()))
     return sum(values) / len(values)
 
 

@@ -30,6 +30,7 @@ CONFIG: dict = {
     "out": "sweep",
     "progress": False,
 }
+FREE: dict = {"agent": "BC", "model": None, "agent_kwargs": {}, "space": {"agent_kwargs.learning_rate": [1e-3, 1e-4]}}
 
 
 @pytest.fixture
@@ -120,10 +121,47 @@ def test_settings_are_put_where_they_belong():
         ({"space": {"horizon": [1]}}, "space holds 'horizon'; names are updates, agent_kwargs.NAME and model.NAME"),
         ({"space": {}}, "must hold at least one setting"),
         ({"objective": "luck"}, "objective must be one of"),
+        ({"objective": "model_error", **FREE}, "model_error judges agents with a model, BC has none"),
+        ({"objective": "real", "env_id": "Nowhere-v0", **FREE}, "Gymnasium knows no environment 'Nowhere-v0'"),
+        ({"env_id": "MountainCar-v0", **FREE}, "no task is known for environment 'MountainCar-v0'"),
+        ({"space": {"agent_kwargs.horizon": {"low": 0, "high": 3}}}, "can have agent_kwargs.horizon = 0: horizon must"),
+        ({"space": {"agent_kwargs.penalty": ["ensemble_std", "luck"]}}, "can have agent_kwargs.penalty = 'luck'"),
+        ({"space": {"agent_kwargs.horizon": {"low": 3, "high": 1}}}, "agent_kwargs.horizon: "),
+        (
+            {"space": {"agent_kwargs.gamma": {"low": 0.9, "high": float("inf")}}},
+            "high must be a finite number",
+        ),
+        ({"space": {"agent_kwargs.tau": {"low": 0.0, "high": 0.1, "log": True}}}, "agent_kwargs.tau: "),
+        ({"space": {"model.depth": [1, 2]}}, "no trial can have model.depth = 1"),
+        ({"space": {"updates": {"low": 0, "high": 10}}}, "no trial can have updates = 0"),
+        ({**FREE, "space": {"model.num_members": [3]}}, "there is no model: give its class with --model"),
+        ({"save_every": 0}, "save_every must be at least 1"),
+        ({"seeds": [1, 1]}, "seeds distinct, got 10000 and [1, 1]"),
+        ({"workers": 0}, "trials and workers must be at least 1"),
+        ({"dataset": "pendulum/short-v0"}, "a log of 2 episodes cannot be split"),
     ],
 )
-def test_mistakes_are_named(home, capsys, changes, message):
+def test_mistakes_cost_no_fit(home, capsys, monkeypatch, changes, message):
+    monkeypatch.setattr(cli.ProbabilisticEnsemble, "fit", lambda *_, **__: pytest.fail("a model was fitted first"))
+    if "short" in changes.get("dataset", ""):
+        collect("Pendulum-v1", "pendulum/short-v0", steps=400, lanes=2, progress=False)
     with pytest.raises(SystemExit) as stopped:
-        main(["sweep", "--config", config(home, **{"objective": "fqe"} | changes)])
+        main(["sweep", "--config", config(home, **changes)])
     assert stopped.value.code == 1
     assert message in capsys.readouterr().err
+    assert not (home / "sweep").exists()
+
+
+def test_a_finished_trial_keeps_its_agent_and_forgets_what_it_imagined(home, monkeypatch):
+    main(["sweep", "--config", config(home, trials=1, objective="model_error")])
+    checkpoint = home / "sweep" / "trial-0" / "seed-0" / "checkpoint"
+    assert [path.name for path in checkpoint.iterdir()] == ["agent.zip"]
+    # Killed after the pool was deleted and before the study was told: nothing is learned again.
+    monkeypatch.setattr(cli, "train_offline", lambda *_, **__: pytest.fail("this trial was played"))
+    given = json.loads((home / "sweep" / "config.json").read_text())["config"]
+    base = {name: given[name] for name in ("agent", "dataset", "env_id", "updates", "model", "agent_kwargs")}
+    (trial,) = json.loads((home / "sweep" / "trials.json").read_text())
+    again = cli._sweep_trial(
+        base, "model_error", [0], 10, "cpu", home / "sweep" / "judge", trial["settings"], home / "sweep" / "trial-0"
+    )
+    assert again == trial["value"]

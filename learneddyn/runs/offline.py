@@ -31,6 +31,7 @@ from learneddyn.evaluation import evaluate
 from learneddyn.evaluation.stats import Estimate, bootstrap_interval
 from learneddyn.files import replace_file, replaced_folder, surviving_folder, write_file
 from learneddyn.runs.claims import panels, told
+from learneddyn.runs.marks import draw_marks, read_marks, write_marks
 from learneddyn.runs.seeds import Notify, silent
 
 Protocol = Literal["last", "best"]
@@ -116,7 +117,7 @@ def learn_offline(
     if done.exists():
         return _read(json.loads(done.read_text()))
     play = partial(evaluate, real_id=env_id, env_kwargs=env_kwargs, device=device)
-    marks = read_marks(folder)
+    marks = read_marks(folder, Mark)
 
     def judge(agent: BaseAlgorithm, figures: dict[str, float], spent: float) -> str:
         updates = agent.num_timesteps
@@ -125,7 +126,7 @@ def learn_offline(
         best = max((mark.mean for mark in marks), default=-np.inf)
         before = marks[-1].cpu_seconds if marks else 0.0
         marks.append(Mark(updates, real.returns.tolist(), round(before + spent, 1), figures))
-        replace_file(folder / "curve.json", json.dumps([mark._asdict() for mark in marks]).encode())
+        write_marks(folder, marks)
         if protocol == "best" and real.mean > best:
             agent.save(folder / ".best.new.zip")
             (folder / ".best.new.zip").replace(folder / "best.zip")
@@ -177,6 +178,9 @@ def train_offline(
     begun = agent.num_timesteps
     if begun < updates:
         saver = _Saver(folder, updates, save_every, at_save, notify)
+        for mark in read_marks(folder, Mark):
+            # What is logged once, such as the fit of the model, was logged before the kill.
+            saver.latest.figures |= mark.figures if mark.updates <= begun else {}
         sinks = ["csv", "tensorboard"] if importlib.util.find_spec("tensorboard") else ["csv"]
         with closing(configure(str(folder / f"log-{begun}"), sinks)) as logger:
             logger.output_formats.append(saver.latest)
@@ -197,12 +201,6 @@ def check_run(updates: int, judge_every: int, episodes: int, fresh_episodes: int
             raise ValueError(f"{name} must be at least 1, got {value}")
     if protocol not in get_args(Protocol):
         raise ValueError(f"protocol must be one of {', '.join(get_args(Protocol))}, got {protocol!r}")
-
-
-def read_marks(folder: Path) -> list[Mark]:
-    """Return the marks in a folder, none if there are none."""
-    path = folder / "curve.json"
-    return [Mark(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
 
 
 def summary(outcomes: Mapping[int, Outcome]) -> Estimate:
@@ -254,14 +252,9 @@ def write_offline_report(
 
 def _draw(path: Path, title: str, outcomes: Mapping[int, Outcome]) -> None:
     figure, (ax,) = panels()
-    for seed, outcome in outcomes.items():
-        steps = [mark.updates for mark in outcome.marks]
-        (line,) = ax.plot(steps, [mark.mean for mark in outcome.marks], label=f"seed {seed}")
-        low, high = ([function(mark.returns) for mark in outcome.marks] for function in (min, max))
-        ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    draw_marks(ax, {seed: outcome.marks for seed, outcome in outcomes.items()}, title, "updates")
+    for line, outcome in zip(list(ax.lines), outcomes.values(), strict=True):
         ax.plot(outcome.updates, outcome.mean, "o", color=line.get_color(), markersize=4)
-    ax.set(xlabel="updates", ylabel="return", title=title)
-    ax.legend(frameon=False, fontsize=7)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=130)
 

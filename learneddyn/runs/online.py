@@ -5,7 +5,6 @@ for model-based agents), ``agent.zip`` (SB3's, at the end) and SB3's logs.
 """
 
 import importlib.util
-import json
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -23,8 +22,9 @@ from learneddyn.agents import Dyna
 from learneddyn.agents.checkpoint import load_checkpoint, save_checkpoint
 from learneddyn.core import Json
 from learneddyn.evaluation import Returns, evaluate
-from learneddyn.files import replace_file, surviving_folder
+from learneddyn.files import surviving_folder
 from learneddyn.runs.claims import panels
+from learneddyn.runs.marks import draw_marks, read_marks, write_marks
 from learneddyn.runs.seeds import Notify, silent
 
 JUDGE_SEED = 10_000
@@ -81,7 +81,7 @@ def learn_online(
         marks: list[Mark] = []
         if isinstance(agent, Dyna) and surviving_folder(folder / "checkpoint").exists():
             agent = load_checkpoint(type(agent), folder / "checkpoint", env, device)
-            marks = [mark for mark in read_marks(folder) if mark.real_steps <= agent.num_timesteps]
+            marks = [mark for mark in read_marks(folder, Mark) if mark.real_steps <= agent.num_timesteps]
         begun = agent.num_timesteps
         if begun >= steps:
             return marks
@@ -96,22 +96,10 @@ def learn_online(
     return marks
 
 
-def read_marks(folder: Path) -> list[Mark]:
-    """Return the marks in a folder, none if there are none."""
-    path = folder / "curve.json"
-    return [Mark(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
-
-
 def draw_curves(path: Path, title: str, curves: dict[int, list[Mark]]) -> Path:
     """Draw every seed's mean returns over real steps into a PNG, with their range over episodes."""
     figure, (ax,) = panels()
-    for seed, marks in curves.items():
-        steps = [mark.real_steps for mark in marks]
-        (line,) = ax.plot(steps, [mark.mean for mark in marks], label=f"seed {seed}")
-        low, high = ([function(mark.returns) for mark in marks] for function in (min, max))
-        ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    ax.set(xlabel="real steps", ylabel="return", title=title)
-    ax.legend(frameon=False, fontsize=7)
+    draw_marks(ax, curves, title, "real steps")
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=130)
     return path
@@ -143,8 +131,7 @@ class _Judge(BaseCallback):
         real = self.judged(self.model)
         figures = dict(self.model.figures) if isinstance(self.model, Dyna) else {}
         self.marks.append(Mark(steps, [float(value) for value in real.returns], round(spent, 1), figures))
-        entries: list[Json] = [mark._asdict() for mark in self.marks]
-        replace_file(self.folder / "curve.json", json.dumps(entries).encode())
+        write_marks(self.folder, self.marks)
         if isinstance(self.model, Dyna):
             save_checkpoint(self.model, self.folder / "checkpoint")
         self.notify(f"{steps} real steps: return {real.mean:.4g}", steps / self.steps)

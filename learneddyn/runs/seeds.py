@@ -6,8 +6,11 @@ matrices of reinforcement learning leave a second thread mostly waiting.
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing.connection import wait
+from multiprocessing.managers import SyncManager
 from queue import Empty
 from typing import Any, TypeVar
 
@@ -53,7 +56,9 @@ def for_each_seed(
         if workers == 1:
             return {seed: work(seed, board.notifier(seed)) for seed in seeds}
         context = multiprocessing.get_context("spawn")
-        with context.Manager() as manager, ProcessPoolExecutor(workers, context, _one_thread) as pool:
+        manager = SyncManager(ctx=context)
+        manager.start(end_with_parent)
+        with manager, ProcessPoolExecutor(workers, context, begin_worker) as pool:
             queue: Events = manager.Queue()
             running = {seed: pool.submit(_told, work, seed, queue) for seed in seeds}
             while not (all(future.done() for future in running.values()) or _failed(running)):
@@ -69,8 +74,25 @@ def _failed(running: dict[int, Future[T]]) -> list[Future[T]]:
     return [future for future in ended if future.exception() is not None]
 
 
-def _one_thread() -> None:
+def begin_worker() -> None:
+    """Prepare a process that computes for another: one thread, and an end when that one ends, even by a kill.
+
+    A killed parent tells nobody, and a pool's workers would wait for work for ever.
+    """
     torch.set_num_threads(1)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let this process end as soon as the one that started it has; `multiprocessing` must have started it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
 def _told(work: Callable[[int, Notify], T], seed: int, queue: Events) -> T:

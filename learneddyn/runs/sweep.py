@@ -10,6 +10,7 @@ With ``ray=True`` the trials are played by Ray Tune, on the cores of this machin
 
 import importlib
 import json
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tqdm import tqdm
 
 from learneddyn.core import Json
 from learneddyn.files import replace_file, write_file
 from learneddyn.runs.claims import panels
+from learneddyn.runs.seeds import begin_worker
 
 Play = Callable[[Json, Path], float]
 """One trial: (settings, folder for its checkpoints) -> what is to be maximised. A function of a module: it pickles."""
@@ -74,13 +75,7 @@ def run_sweep(
         ValueError: an empty or unreadable space, an unknown sampler, or a number below 1.
     """
     optuna = _extra("optuna", "sweep")
-    if ray:
-        _extra("ray.tune", "ray")
-    if trials < 1 or (workers is not None and workers < 1):
-        raise ValueError(f"trials and workers must be at least 1, got trials={trials}, workers={workers}")
-    distributions = {name: _distribution(name, entry) for name, entry in space.items()}
-    if not distributions:
-        raise ValueError("the space of a sweep must hold at least one setting, got {}")
+    distributions = check_sweep(space, trials=trials, sampler=sampler, workers=workers, ray=ray)
     study = open_study(folder, sampler, seed)
     asked = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.RUNNING]
     done = len(study.trials) - len(asked)
@@ -110,20 +105,45 @@ def run_sweep(
     return trials_of(study)
 
 
+def check_sweep(
+    space: Mapping[str, Any], *, trials: int, sampler: str = "tpe", workers: int | None = None, ray: bool = False
+) -> dict[str, Any]:
+    """Return Optuna's distributions of a space: call it before anything is spent on a sweep; see `run_sweep`.
+
+    Raises:
+        ImportError: Optuna or Ray is missing; names the extra.
+        ValueError: an empty or unreadable space, a range without end or turned round, an unknown sampler, or a number
+            below 1.
+    """
+    _extra("optuna", "sweep")
+    if sampler == "gp":
+        _extra("scipy", "sweep")
+    if ray:
+        _extra("ray.tune", "ray")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    if trials < 1 or (workers is not None and workers < 1):
+        raise ValueError(f"trials and workers must be at least 1, got trials={trials}, workers={workers}")
+    if not space:
+        raise ValueError("the space of a sweep must hold at least one setting, got {}")
+    return {name: _distribution(name, entry) for name, entry in space.items()}
+
+
 def open_study(folder: Path, sampler: str = "tpe", seed: int = 0) -> Any:
     """Return the Optuna study in a folder, a new one if there is none; it maximises.
 
     Raises:
         ImportError: Optuna is missing; names the extra.
-        ValueError: an unknown sampler.
     """
     optuna = _extra("optuna", "sweep")
     journal = _extra("optuna.storages.journal", "sweep")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.JournalStorage(journal.JournalFileBackend(str(folder / "study.journal")))
+    path = folder / "study.journal"
+    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+        # A kill tore the last line, and Optuna would read nothing after it.
+        replace_file(path, content[: content.rfind(b"\n") + 1])
+    storage = optuna.storages.JournalStorage(journal.JournalFileBackend(str(path)))
     study = optuna.create_study(storage=storage, study_name="sweep", direction="maximize", load_if_exists=True)
     # A sampler that starts anew would draw its first proposals again.
     seed += 1000 * len(study.trials)
@@ -211,7 +231,7 @@ def _play_here(ask: Any, tell: Any, play: Play, folder: Path, workers: int) -> N
             tell(given[0], *_played(play, given[1], folder / f"trial-{given[0]}"))
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, context, begin_worker) as pool:
         running: dict[Future[tuple[float | None, str]], int] = {}
         while True:
             while len(running) < workers and (given := ask()) is not None:
@@ -276,7 +296,11 @@ def _distribution(name: str, entry: Any) -> Any:
         return distributions.CategoricalDistribution(entry)
     if not isinstance(entry, Mapping) or not {"low", "high"} <= set(entry) <= {"low", "high", "log", "step"}:
         raise ValueError(f"{name} must be a list of choices, or low and high with log or step, got {entry!r}")
-    whole = all(isinstance(entry.get(key, 0), int) for key in ("low", "high", "step"))
+    numbers = {key: entry[key] for key in ("low", "high", "step") if entry.get(key) is not None}
+    for key, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            raise ValueError(f"{name}: {key} must be a finite number, got {number!r}")
+    whole = all(isinstance(number, int) for number in numbers.values())
     kind = distributions.IntDistribution if whole else distributions.FloatDistribution
     try:
         return kind(**entry)

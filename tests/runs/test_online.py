@@ -14,7 +14,8 @@ from learneddyn.agents import MBPO, Dyna
 from learneddyn.cli import main
 from learneddyn.models import ProbabilisticEnsemble
 from learneddyn.runs import online
-from learneddyn.runs.online import learn_online, read_marks
+from learneddyn.runs.marks import read_marks
+from learneddyn.runs.online import Mark, learn_online
 
 PRESETS = sorted((Path(online.__file__).parents[1] / "configs" / "mbpo").glob("*.yaml"))
 SMALL: dict = {
@@ -63,9 +64,9 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         learn_online(make, "Pendulum-v1", tmp_path / "torn", **given)
     monkeypatch.setattr(online, "save_checkpoint", saved)
-    assert [mark.real_steps for mark in read_marks(tmp_path / "torn")] == [100, 200]
+    assert [mark.real_steps for mark in read_marks(tmp_path / "torn", Mark)] == [100, 200]
     resumed = learn_online(make, "Pendulum-v1", tmp_path / "torn", **given)
-    assert comparable(resumed) == comparable(whole) == comparable(read_marks(tmp_path / "torn"))
+    assert comparable(resumed) == comparable(whole) == comparable(read_marks(tmp_path / "torn", Mark))
     assert comparable(learn_online(make, "Pendulum-v1", tmp_path / "torn", **given)) == comparable(whole)
     later = learn_online(make, "Pendulum-v1", tmp_path / "torn", **given | {"steps": 290})
     assert [mark.real_steps for mark in later] == [100, 200, 250, 290]

@@ -5,20 +5,23 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import yaml
 
 from learneddyn import offline as learners
-from learneddyn.cli import _learners, main
-from learneddyn.core import Transitions
-from learneddyn.data import collect, save
+from learneddyn import tasks
+from learneddyn.cli import _known_task, _learners, _offline_again, _offline_agent, main
+from learneddyn.core import RewardFn, Task, Transitions
+from learneddyn.data import collect, save, without_actions
 from learneddyn.files import replaced_folder
-from learneddyn.models import ProbabilisticEnsemble
-from learneddyn.offline import IQL, MOPO, MOREC, DynamicsReward
+from learneddyn.models import InverseDynamics, ProbabilisticEnsemble
+from learneddyn.offline import BC, IQL, MOPO, MOREC, DynamicsReward
 from learneddyn.runs import offline
-from learneddyn.runs.offline import learn_offline, read_marks, summary
+from learneddyn.runs.marks import read_marks
+from learneddyn.runs.offline import Mark, learn_offline, summary
 
 SMALL: dict = {"policy_kwargs": {"net_arch": [8]}, "batch_size": 16, "device": "cpu", "seed": 0, "task": "Pendulum-v1"}
 IMAGINED: dict = {"rollout_batch": 20, "rollout_every": 10, "horizon": 2}
@@ -71,7 +74,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(make, log, tmp_path, monke
         """A kill after the curve is written and before the second checkpoint is."""
 
         def __enter__(self) -> Path:
-            if len(read_marks(tmp_path / "torn")) == 2:
+            if len(read_marks(tmp_path / "torn", Mark)) == 2:
                 raise KeyboardInterrupt
             return super().__enter__()
 
@@ -80,11 +83,14 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(make, log, tmp_path, monke
         play(tmp_path / "torn")
     monkeypatch.undo()
     torch.set_num_threads(1)
-    assert [mark.updates for mark in read_marks(tmp_path / "torn")] == [20, 40]
+    assert [mark.updates for mark in read_marks(tmp_path / "torn", Mark)] == [20, 40]
     resumed = play(tmp_path / "torn")
     assert comparable(resumed) == comparable(whole)
     assert play(tmp_path / "torn") == resumed
-    assert {"train/critic_loss"} <= set(resumed.marks[-1].figures)
+    figures = set(resumed.marks[-1].figures)
+    assert {"train/critic_loss"} <= figures
+    assert figures == set(whole.marks[-1].figures), "what is logged once must not be lost"
+    assert ({"model/holdout_mse"} <= figures) == (make is not iql)
     if make is morec:
         assert {"imagined/dynamics_reward", "imagined/halted"} <= set(resumed.marks[-1].figures)
     if make is not iql:
@@ -151,6 +157,61 @@ def test_the_command_runs_resumes_and_reports(home, capsys):
     assert (home / "run" / "seed-2" / "curve.json").read_text() == curve
 
 
+def liking() -> RewardFn:
+    """A dynamics reward that is no `DynamicsReward`: an agent's file does not hold it."""
+    return lambda obs, action, next_obs: -obs[:, 0]
+
+
+def test_a_resumed_agent_has_the_parts_that_its_file_does_not_hold(log, tmp_path):
+    task = {"class": "learneddyn.core.Task", "config": {"real_id": "Pendulum-v1"}}
+    kwargs = {name: SMALL[name] for name in ("policy_kwargs", "batch_size")} | IMAGINED
+    kwargs |= {"task": task, "dynamics_reward": {"class": f"{__name__}.liking"}, "least_dynamics_reward": -9.0}
+    model = ProbabilisticEnsemble(**TINY_MODEL | {"learn_reward": True, "learn_termination": True})
+    begun = _offline_agent(MOREC, log, "Pendulum-v1", model, kwargs, "cpu", 0).learn(10)
+    begun.save(tmp_path / "agent.zip")
+    again = _offline_again(MOREC, lambda: log, "Pendulum-v1", kwargs, "cpu", tmp_path / "agent.zip")
+    assert again.task == begun.task == Task("Pendulum-v1")
+    assert again.dynamics_reward.__qualname__ == begun.dynamics_reward.__qualname__
+    assert again.learn(5, reset_num_timesteps=False).num_timesteps == 15
+
+
+def test_filled_in_actions_are_judged_in_the_report_of_a_resumed_run(home, log, monkeypatch):
+    halves = [log[log.episode % 2 == 0], log[log.episode % 2 == 1]]
+    more = Transitions.cat([halves[0], halves[0], without_actions(halves[1])])
+    save(more, "pendulum/half-v0", env_id="Pendulum-v1", action_free=True)
+    quick = InverseDynamics(hidden=(8,), updates=2, check_every=1)
+    filled = partial(learners.semi_supervised, model=quick)
+    monkeypatch.setattr(learners, "semi_supervised", filled)
+    words = ["offline", "--agent", "bc", "--dataset", "pendulum/half-v0", "--out", "run", "--label_actions", "true"]
+    words += [f"--{name}={value}" for name, value in RUN.items()]
+    main(words)
+    told = f"filled in the actions of {len(halves[1])} of {len(more)} rows"
+    report = (home / "run" / "report.md").read_text()
+    assert told in report
+    assert "of the variance (R2)" in report
+    monkeypatch.setattr(learners, "semi_supervised", lambda *_, **__: pytest.fail("a seed that has ended needs none"))
+    main([*words, "--resume", "true"])
+    assert (home / "run" / "report.md").read_text() == report
+
+
+def test_a_task_of_your_own_is_found_in_the_module_that_the_id_names(home, monkeypatch):
+    (home / "mine.py").write_text(
+        "import gymnasium as gym\n"
+        "from learneddyn import tasks\n"
+        "gym.register('Mine-v0', 'gymnasium.envs.classic_control:PendulumEnv', max_episode_steps=200)\n"
+        "tasks.register(tasks.variant('Mine-v0', 'Pendulum-v1'))\n"
+    )
+    monkeypatch.syspath_prepend(home)
+    monkeypatch.setattr(tasks.registry, "_registered", {})
+    main(["offline", "--agent", "mopo", "--dataset", "pendulum/random-v0", "--env_id", "mine:Mine-v0", "--out", "run",
+          "--updates", "2", "--episodes", "1", "--fresh_episodes", "1", "--model", "ProbabilisticEnsemble",
+          *(f"--model.{name}={value}" for name, value in TINY_MODEL.items()), "--agent_kwargs",
+          "{rollout_batch: 20, batch_size: 16, policy_kwargs: {net_arch: [8]}}"])  # fmt: skip
+    gym.registry.pop("Mine-v0")
+    assert "Return in mine:Mine-v0" in (home / "run" / "report.md").read_text()
+    assert _known_task(BC, "MountainCar-v0", {}) == {}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -161,6 +222,9 @@ def test_the_command_runs_resumes_and_reports(home, capsys):
         (["--agent", "bc", "--agent_kwargs", "{penalty_weight: 1}"], "BC does not take penalty_weight"),
         (["--agent", "morec", "--agent_kwargs", "{dynamics_reward: {config: {}}}"], "needs the path of its class"),
         (["--agent", "iql", "--model", "ProbabilisticEnsemble"], "IQL learns without a model"),
+        (["--agent", "bc", "--env_id", "Nowhere-v0"], "Gymnasium knows no environment 'Nowhere-v0', the judge: pass"),
+        (["--agent", "mopo", "--env_id", "MountainCar-v0"], "no task is known for environment 'MountainCar-v0'"),
+        (["--agent", "mopo", "--env_id", "MountainCar-v0"], "agent_kwargs: {task: {class: learneddyn.core.Task"),
         (["--agent", "iql", "--updates", "0"], "updates must be at least 1, got 0"),
         (["--agent", "iql", "--label_actions", "true"], "there is nothing to label"),
     ],
@@ -179,7 +243,7 @@ def test_every_exported_learner_has_a_name():
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_presets_make_the_agent_they_name(preset, log):
-    from learneddyn.cli import _check_learner, _learner, _offline_agent
+    from learneddyn.cli import _check_learner, _learner
 
     given = yaml.safe_load(preset.read_text())
     kind, kwargs = _learner(given["agent"]), given.get("agent_kwargs", {})

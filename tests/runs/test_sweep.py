@@ -73,6 +73,14 @@ def test_a_killed_sweep_goes_on_with_what_it_was_playing(tmp_path):
     assert run_sweep(SPACE, hill, tmp_path, trials=8, **RUN) == found
 
 
+def test_a_line_torn_by_a_kill_is_dropped(tmp_path):
+    found = run_sweep(SPACE, hill, tmp_path, trials=3, **RUN)
+    with (tmp_path / "study.journal").open("ab") as file:
+        file.write(b'{"op_code":5,"worker_id":"ab')
+    assert run_sweep(SPACE, hill, tmp_path, trials=4, **RUN)[:3] == found
+    assert len(trials_of(open_study(tmp_path))) == 4
+
+
 def test_trials_that_fail_say_why_and_count(tmp_path):
     found = run_sweep({"a.x": SPACE["a.x"], "a.kind": ["near"]}, steep, tmp_path, trials=12, sampler="random", **RUN)
     reasons = {trial.failed for trial in found if trial.value is None}
@@ -94,6 +102,7 @@ def test_processes_share_the_trials(tmp_path):
         ({"x": []}, {}, "x must be a list of choices, or low and high"),
         ({"x": {"low": 1}}, {}, "x must be a list of choices, or low and high"),
         ({"x": {"low": 2.0, "high": 1.0}}, {}, "x: "),
+        ({"x": {"low": "1", "high": 2}}, {}, "x: low must be a finite number, got '1'"),
         ({"x": [1]}, {"sampler": "grid"}, "sampler must be one of tpe, gp, random, got 'grid'"),
         ({"x": [1]}, {"trials": 0}, "must be at least 1, got trials=0"),
     ],
