@@ -10,7 +10,9 @@ from learneddyn.models.kinematic import KinematicBicycle
 from learneddyn.models.koopman import Koopman
 from learneddyn.models.mixture import MixER
 from learneddyn.models.multi_head import MultiHead
+from learneddyn.models.neural_ode import NeuralODE
 from learneddyn.models.plrnn import PLRNN
+from learneddyn.models.recurrent import RecurrentDynamics
 from learneddyn.models.sindy import SINDy
 from learneddyn.models.sparse_relu import SparseReLU
 from learneddyn.models.weighting import distance_weights, value_weights
@@ -29,7 +31,9 @@ __all__ = [
     "MixER",
     "ModelFileError",
     "MultiHead",
+    "NeuralODE",
     "ProbabilisticEnsemble",
+    "RecurrentDynamics",
     "SINDy",
     "SparseReLU",
     "blueprint",

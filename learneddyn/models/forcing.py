@@ -1,4 +1,4 @@
-"""Teacher forcing that keeps gradients of chaotic systems bounded: generalized, adaptive, sparse.
+"""Losses over several steps: teacher forcing that keeps gradients of chaotic systems bounded, and causal weights.
 
 Sources: Hess, Monfared, Brenner, Durstewitz, "Generalized Teacher Forcing for Learning Chaotic Dynamics" (2023); sparse
 forcing as in Mikhaeil, Monfared, Durstewitz, "On the difficulty of learning chaotic dynamics with RNNs" (2022). Usable
@@ -11,6 +11,7 @@ product of Jacobians stays bounded for alpha >= 1 - 1 / sigma, sigma bounding th
 training, alpha = 0 is backpropagation through time.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -47,6 +48,7 @@ def forced_loss(
     alpha: float,
     *,
     every: int = 1,
+    weigh: Callable[[Float[Tensor, " t"]], Float[Tensor, " t"]] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the mean squared error along sequences.
 
@@ -57,6 +59,7 @@ def forced_loss(
         target: what `Cell.observe` should say after each step.
         alpha: strength of forcing, 0 to 1.
         every: force only at every n-th step (sparse teacher forcing with ``alpha=1``).
+        weigh: see `stepwise_loss`.
     """
     z = cell.embed(x[:, 0])
     said = []
@@ -65,7 +68,56 @@ def forced_loss(
             z = cell.force(z, x[:, step], alpha)
         z = cell.advance(z, u[:, step])
         said.append(cell.observe(z))
-    return (torch.stack(said, dim=1) - target).square().mean()
+    return stepwise_loss(torch.stack(said, dim=1), target, weigh)
+
+
+def stepwise_loss(
+    said: Float[Tensor, "b t q"],
+    target: Float[Tensor, "b t q"],
+    weigh: Callable[[Float[Tensor, " t"]], Float[Tensor, " t"]] | None = None,
+) -> Float[Tensor, ""]:
+    """Return the mean squared error of sequences, whose steps ``weigh`` may weigh by their losses (`CausalWeights`)."""
+    error = (said - target).square()
+    if weigh is None:
+        return error.mean()
+    losses = error.mean(dim=(0, 2))
+    return (weigh(losses) * losses).mean()
+
+
+class CausalWeights:
+    """Weights of the steps of a sequence: a step counts once those before it are learned.
+
+    ``w_i = exp(-sharpness * sum of the losses of the steps before i)``, as a constant of the gradient. The sharpness
+    goes on to the next one when every weight is above ``learned``.
+
+    Source: Wang, Sankaran, Perdikaris, "Respecting causality is all you need for training physics-informed neural
+    networks" (2022), which weighs residuals of a differential equation; here they are errors of a free run.
+
+    Args:
+        sharpnesses: in the order of training.
+        learned: least weight at which the next sharpness comes.
+
+    Raises:
+        ValueError: no sharpness, or one that is not positive.
+    """
+
+    def __init__(self, sharpnesses: Sequence[float] = (1e-2, 1e-1, 1.0, 1e1, 1e2), learned: float = 0.99) -> None:
+        if not sharpnesses or any(not sharpness > 0 for sharpness in sharpnesses):
+            raise ValueError(f"sharpnesses must be positive numbers, one at least, got {list(sharpnesses)}")
+        self._ahead, self.learned = list(sharpnesses), learned
+
+    @property
+    def sharpness(self) -> float:
+        """The one in use."""
+        return self._ahead[0]
+
+    def __call__(self, losses: Float[Tensor, " t"]) -> Float[Tensor, " t"]:
+        """Return the weights for these losses, and move on where all steps are learned."""
+        losses = losses.detach()
+        weights = (-self.sharpness * (losses.cumsum(dim=0) - losses)).exp()
+        if len(self._ahead) > 1 and bool(weights.amin() > self.learned):
+            self._ahead.pop(0)
+        return weights
 
 
 @torch.no_grad()
