@@ -21,6 +21,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from tqdm import tqdm
 
 from learneddyn.core import DataError, Outcome, Prediction, Transitions
+from learneddyn.models.angles import near
 from learneddyn.models.base import AbstractDynamics, FitReport
 from learneddyn.models.gradients import TIGHTNESS, Gradients
 from learneddyn.models.rollout import Answer, Parts, Snapshot
@@ -199,7 +200,7 @@ class ProbabilisticEnsemble(AbstractDynamics):
         return torch.cat([obs.index_select(1, self._plain), angle.cos(), angle.sin(), action], dim=1)
 
     def _targets(self, data: Transitions) -> Float[Tensor, "n q"]:
-        change = data.next_obs - self.relative * data.obs
+        change = near(data.next_obs, data.obs, self.angles) - self.relative * data.obs
         return torch.cat([change, data.reward[:, None]], dim=1) if self.learn_reward else change
 
     def _standardised(self, obs: Tensor, action: Tensor) -> Tensor:

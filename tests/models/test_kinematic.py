@@ -13,6 +13,7 @@ from learneddyn.models.kinematic import Belief, LowLevel, certain, displacement,
 from learneddyn.reproduce import kinematic
 from learneddyn.testing import example_transitions
 from learneddyn.world import World
+from learneddyn.world.bounds import Bounded
 
 CAR = {"dt": 0.1, "wheelbase": 2.8}
 
@@ -125,6 +126,18 @@ def test_it_plays_in_a_world(fitted):
     imagined = World(fitted, task).rollout(data.obs, lambda obs: torch.zeros(len(obs), 2), 5, generator(0))
     assert len(imagined) == 50
     assert imagined.next_obs.isfinite().all()
+
+
+def test_a_world_that_wraps_goes_on_the_same_way(fitted):
+    """A vehicle that turns across the seam: the wrapped world and the other one differ by whole turns only."""
+    obs, turn = torch.tensor([[0.0, 0.0, 8.0, 3.1]]), torch.tensor([[0.0, 1.0]])
+    task = Task("Bicycle-v0", lambda obs, action, after: after[:, 0], lambda after: after[:, 2] < 0)
+    worlds = [World(fitted, task, sampler=sampler) for sampler in ("mean", Bounded("mean", angles=[3]))]
+    plain, home = (world.rollout(obs, lambda obs: turn.expand(len(obs), 2), 8, generator(0)) for world in worlds)
+    assert plain.next_obs[-1, 3] > math.pi
+    assert (home.next_obs[:, 3].abs() <= math.pi).all()
+    assert torch.allclose(home.next_obs[:, :3], plain.next_obs[:, :3], atol=1e-4)
+    assert torch.allclose(home.next_obs[:, 3].sin(), plain.next_obs[:, 3].sin(), atol=1e-4)
 
 
 def test_bad_input_is_named():

@@ -1,12 +1,13 @@
 """What columns are divided by, angles, and fits that fail: relative to the data, and nothing left behind."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from learneddyn.core import DataError, generator
-from learneddyn.models import Hybrid, SINDy
+from learneddyn.models import Hybrid, ProbabilisticEnsemble, SINDy
 from learneddyn.models.angles import apart, near
 from learneddyn.models.attempt import attempt, require_pair
 from learneddyn.models.scale import gaussian_nll, spread
@@ -41,6 +42,15 @@ def test_angles_are_apart_the_short_way_round():
     assert torch.allclose(moved.sin(), after.sin(), atol=1e-5)
     small = before + 0.1
     assert torch.equal(near(small, before, [0, 1]), small), "what is near is not touched"
+
+
+def test_an_ensemble_learns_the_change_of_an_angle_and_not_the_seam():
+    data, model = example_transitions(40), ProbabilisticEnsemble(2, 1, hidden=[4], angles=[1], max_epochs=1)
+    model.fit(data, rng=generator(0))
+    change = model._targets(data)
+    turned = dataclasses.replace(data, next_obs=data.next_obs + torch.tensor([0.0, 2 * math.pi, 2 * math.pi]))
+    assert torch.allclose(model._targets(turned)[:, :2], change[:, :2], atol=1e-5)
+    assert torch.allclose(model._targets(turned)[:, 2], change[:, 2] + 2 * math.pi, atol=1e-5), "no angle"
 
 
 def test_a_fit_that_fails_leaves_nothing_behind():
