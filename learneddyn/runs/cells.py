@@ -16,6 +16,7 @@ from learneddyn.runs.seeds import Notify
 
 FAILED = "failed"
 """The key of a cell that could not be played; its value says why."""
+UNPLAYED = "not played yet"
 
 
 class Cells:
@@ -28,10 +29,12 @@ class Cells:
         home: folder of the seed.
         notify: told which cell is being played.
         total: cells there will be, for the share that is done.
+        frozen: play nothing; a cell that is not there is ``{"failed": UNPLAYED}``, and no file is written of it.
     """
 
-    def __init__(self, home: Path, notify: Notify, total: int) -> None:
+    def __init__(self, home: Path, notify: Notify, total: int, *, frozen: bool = False) -> None:
         self.folder, self.notify, self.total, self.begun = home / "cells", notify, total, 0
+        self.frozen = frozen
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def play(self, name: str, settings: Json, work: Callable[[], Json], *, anew: bool = False) -> Json:
@@ -45,6 +48,8 @@ class Cells:
         settings = json.loads(json.dumps(settings))
         if not anew and path.exists() and (kept := json.loads(path.read_text()))["settings"] == settings:
             return kept["result"]
+        if self.frozen:
+            return {FAILED: UNPLAYED}
         begun, busy = time.perf_counter(), time.process_time()
         try:
             result = work()

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from learneddyn.core import Json
 from learneddyn.evaluation import Estimate
 from learneddyn.runs import Notify
-from learneddyn.runs.cells import FAILED, Cells, spent
+from learneddyn.runs.cells import FAILED, UNPLAYED, Cells, spent
 from learneddyn.runs.claims import Claim, Finding, panels, publish, run_claim
 from learneddyn.runs.seeds import silent
 
@@ -47,6 +47,16 @@ def test_what_a_method_cannot_do_is_a_result(tmp_path: Path, error: Exception) -
         result = Cells(tmp_path, silent, 1).play("a", {}, work)
         assert result == {FAILED: f"{type(error).__name__}: {error}"}
     assert PLAYED == [""]
+
+
+def test_frozen_cells_are_read_and_never_played(tmp_path: Path) -> None:
+    Cells(tmp_path, silent, 2).play("a", {"updates": 5}, lambda: count("a"))
+    frozen = Cells(tmp_path, silent, 2, frozen=True)
+    assert frozen.play("a", {"updates": 5}, lambda: count("a")) == {"value": 1}
+    for name, settings, anew in (("a", {"updates": 6}, False), ("a", {"updates": 5}, True), ("b", {}, False)):
+        assert frozen.play(name, settings, lambda: count("b"), anew=anew) == {FAILED: UNPLAYED}
+    assert PLAYED == ["a"]
+    assert [path.name for path in (tmp_path / "cells").iterdir()] == ["a.json"]
 
 
 def test_a_kill_leaves_no_cell(tmp_path: Path) -> None:
