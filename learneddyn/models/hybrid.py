@@ -117,11 +117,11 @@ class Hybrid(AbstractRegression):
             self.register_buffer("deviations", torch.zeros(len(self._candidates), outputs))
             return
         seen = len(own) + a
-        widths = [seen, *self.hidden]
         layers: list[nn.Module] = []
-        for width, wider in pairwise(widths):
-            layers += [nn.Linear(width, wider), nn.Tanh()]
-        self.network = nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
+        for width, wider in pairwise([seen, *self.hidden, outputs]):
+            # `_train` draws the weights from the fit's own generator.
+            layers += [nn.utils.skip_init(nn.Linear, width, wider), nn.Tanh()]
+        self.network = nn.Sequential(*layers[:-1])
         self.register_buffer("shift", torch.zeros(seen))
         self.register_buffer("scale", torch.ones(seen))
         self.register_buffer("output_scale", torch.ones(outputs))
