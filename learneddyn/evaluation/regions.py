@@ -38,7 +38,11 @@ class FixedPoint(NamedTuple):
 
 def symbolic_code(bits: Bool[Tensor, "t p"]) -> SymbolicCode:
     """Return the code of an orbit from the units that are on at every step (`PLRNN.regions`)."""
-    kinds, symbols, counts = bits.unique(dim=0, return_inverse=True, return_counts=True)
+    if bits.shape[1] == 0:  # without rectified units there is one region; `unique` refuses rows of no columns
+        kinds = bits[:1]
+        symbols, counts = bits.new_zeros(len(bits), dtype=torch.long), bits.new_full((1,), len(bits), dtype=torch.long)
+    else:
+        kinds, symbols, counts = bits.unique(dim=0, return_inverse=True, return_counts=True)
     order = counts.argsort(descending=True)
     symbols = order.argsort()[symbols]
     moves = torch.zeros(len(kinds), len(kinds), device=bits.device)
@@ -51,7 +55,7 @@ def symbolic_code(bits: Bool[Tensor, "t p"]) -> SymbolicCode:
 
 @torch.no_grad()
 def fixed_points(model: PLRNN, code: SymbolicCode) -> list[FixedPoint]:
-    """Return the fixed point of every region's linear map, without input.
+    """Return the fixed point of every region's linear map where the action is zero, in the environment's units.
 
     Raises:
         ValueError: the model is not almost linear.
@@ -59,11 +63,12 @@ def fixed_points(model: PLRNN, code: SymbolicCode) -> list[FixedPoint]:
     if model.kind != "almost-linear":
         raise ValueError(f"fixed points by region need an almost-linear model, got {model.kind!r}")
     found = []
+    rest = model.bias - model.drive @ (model.action_mean / model.action_std)
     for bits in code.bits:
         on = torch.ones_like(model.diagonal)
         on[model.rectified] = bits.to(on.dtype)
         linear = model.diagonal.diag() + model.mixing * on
-        state = torch.linalg.lstsq(torch.eye(len(on), device=on.device) - linear, model.bias[:, None]).solution[:, 0]
+        state = torch.linalg.lstsq(torch.eye(len(on), device=on.device) - linear, rest[:, None]).solution[:, 0]
         inside = bool(((state[model.rectified] > 0) == bits).all())
         found.append(FixedPoint(state, torch.view_as_real(torch.linalg.eigvals(linear)), inside))
     return found
