@@ -64,13 +64,13 @@ def step_row(world: World, row: Row, action: Float32[np.ndarray, " a"], rng: tor
     if task.reward is not None:
         reward = task.reward(_batch(row.obs), _batch(action), _batch(next_obs)).item()
     elif reward is None:
-        raise unanswered(task, "reward")
+        raise unanswered(task, "reward", world.dynamics)
     finite = math.isfinite(reward) and (math.isfinite(sum(next_obs.tolist())) or bool(np.isfinite(next_obs).all()))
     after = Row(next_obs if finite else row.obs, member)
     if task.terminated is not None:
         terminated = task.terminated(_batch(after.obs)).item()
     elif terminated is None:
-        raise unanswered(task, "termination")
+        raise unanswered(task, "termination", world.dynamics)
     trusted = finite
     if world.trust is not all_trusted:
         with torch.no_grad():  # some ask the model, which is faster where nobody asks for gradients

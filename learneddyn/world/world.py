@@ -1,5 +1,6 @@
 """World: a dynamics model and a task, put together. Everything above (envs, planners, agents) talks to this class."""
 
+import inspect
 import math
 
 import torch
@@ -239,22 +240,27 @@ class World:
         if self.task.reward is not None:
             return self.task.reward(obs, action, outcome.next_obs)
         if outcome.reward is None:
-            raise unanswered(self.task, "reward")
+            raise unanswered(self.task, "reward", self.dynamics)
         return outcome.reward
 
     def _terminated(self, next_obs: Tensor, outcome: Outcome) -> Tensor:
         if self.task.terminated is not None:
             return self.task.terminated(next_obs)
         if outcome.terminated is None:
-            raise unanswered(self.task, "termination")
+            raise unanswered(self.task, "termination", self.dynamics)
         return outcome.terminated
 
 
-def unanswered(task: Task, what: str) -> ValueError:
+def unanswered(task: Task, what: str, model: object) -> ValueError:
     """Return the error of a world in which nobody answers ``what``."""
+    head, name = f"learn_{what}", type(model).__name__
+    if head in inspect.signature(type(model)).parameters:
+        ways = f"fit it with {head}=True"
+    else:
+        ways = f"{name} cannot learn one (ProbabilisticEnsemble can, with {head}=True): fit another model"
     return ValueError(
-        f"the {what} of {task.real_id} does not follow from the observation and the model has no {what} head: fit it "
-        f"with learn_{what}=True, or give the task a {what} function"
+        f"the {what} of {task.real_id} does not follow from the observation and the model, a {name}, has no {what} "
+        f"head: {ways}, or give the task a {what} function"
     )
 
 
@@ -271,7 +277,7 @@ def _require_heads(model: AbstractDynamics, task: Task) -> None:
         ("termination", task.terminated, prediction.terminated),
     ):
         if known is None and head is None:
-            raise unanswered(task, what)
+            raise unanswered(task, what, model)
 
 
 def _act(policy: ActionFn, obs: Float[Tensor, "b o"]) -> Float[Tensor, "b a"]:

@@ -413,10 +413,10 @@ def test_errors_name_what_is_missing():
     with pytest.raises(ValueError, match=r"penalty_weight is 2.0 but no penalty"):
         World(model, task(), penalty_weight=2.0)
     state = World(model, task()).start(torch.zeros(1, 1), generator(0))
-    with pytest.raises(ValueError, match="no reward head: fit it with learn_reward=True"):
-        World(model, task(reward=None)).step(state, torch.zeros(1, 1), generator(0))
-    with pytest.raises(ValueError, match="no termination head: fit it with learn_termination=True"):
-        World(model, task(terminated=None)).step(state, torch.zeros(1, 1), generator(0))
+    for what, absent in (("reward", {"reward": None}), ("termination", {"terminated": None})):
+        told = f"a Shifts, has no {what} head: Shifts cannot learn one .*ProbabilisticEnsemble can, with learn_{what}="
+        with pytest.raises(ValueError, match=told):
+            World(model, task(**absent)).step(state, torch.zeros(1, 1), generator(0))
     with pytest.raises(ValueError, match="Double-v0 defines no start states"):
         World(model, task()).initial(3, generator(0))
     model.spaces = None
