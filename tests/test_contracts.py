@@ -12,7 +12,15 @@ import learneddyn.planners
 from learneddyn import tasks
 from learneddyn.core import Task, generator
 from learneddyn.envs.worlds import load_world, world_names
-from learneddyn.models import AbstractDynamics, KinematicBicycle, ProbabilisticEnsemble
+from learneddyn.models import (
+    PLRNN,
+    AbstractDynamics,
+    Hybrid,
+    KinematicBicycle,
+    Koopman,
+    ProbabilisticEnsemble,
+    SINDy,
+)
 from learneddyn.planners import ICEM, AbstractPlanner
 from learneddyn.reproduce import kinematic
 from learneddyn.testing import check_dynamics, check_planner, check_world, example_transitions
@@ -33,6 +41,16 @@ QUICK = {"max_epochs": 2, "num_members": 3, "num_elites": 2, "updates": 30}
 """Arguments that keep a fit short, for the models that take them."""
 FITTING = {KinematicBicycle: kinematic.log(20, 12, 0)}
 """Data that a model can learn from, where it cannot learn from any columns."""
+VARIANTS = {
+    "Koopman learned": lambda: Koopman("learned", centres=4, hidden=8, epochs=2, learn_reward=True),
+    "Koopman rbf": lambda: Koopman("rbf", centres=8),
+    "Koopman linear for good": lambda: Koopman(degree=2, control="linear", relift=False),
+    "Koopman delays": lambda: Koopman("linear", delays=3, learn_reward=True),
+    "Hybrid neural": lambda: Hybrid(residual="neural", hidden=[8], epochs=2, learn_reward=True),
+    "PLRNN hidden units": lambda: PLRNN("almost-linear", latent=5, window=4, updates=10, learn_reward=True),
+    "SINDy members": lambda: SINDy(aggregate=None, bootstraps=3),
+}
+"""Ways of a model that its defaults do not take."""
 HEADS = {"learn_reward": True, "learn_termination": True}
 ENVS = [spec.id for spec in gym.registry.values() if str(spec.entry_point).startswith("learneddyn.envs.")]
 
@@ -47,6 +65,11 @@ def test_models(model):
     check_dynamics(lambda: model(**taken(model, QUICK)), data)
     if taken(model, HEADS):
         check_dynamics(lambda: model(**taken(model, QUICK | HEADS)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_models(variant):
+    check_dynamics(VARIANTS[variant])
 
 
 @pytest.mark.parametrize("planner", PLANNERS)

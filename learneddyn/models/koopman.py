@@ -319,9 +319,9 @@ class Koopman(AbstractRegression):
                 psi, psi_next = self.lifted(before[batch]), self.lifted(after[batch])
                 driven = self.driven(psi, action[batch])
                 floor = _RIDGE**0.5 * len(batch) ** 0.5 * torch.eye(driven.shape[1], device=driven.device)
-                solution = torch.linalg.lstsq(
-                    torch.cat([driven, floor]), torch.cat([psi_next, torch.zeros_like(floor[:, : psi.shape[1]])])
-                ).solution
+                # PyTorch's lstsq gives other last digits from call to call: fits would not repeat.
+                q, r = torch.linalg.qr(torch.cat([driven, floor]))
+                solution = torch.linalg.solve_triangular(r, q[: len(batch)].T @ psi_next, upper=True)
                 loss = (driven @ solution - psi_next).square().mean()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
