@@ -21,8 +21,9 @@ from gymnasium.envs.registration import load_env_creator
 
 from learneddyn.plants.base import Plant, require_positive
 
-CHANGES = ("mass", "length", "width", "size")
-"""Factors a body may be given: of mass and inertia; of all distances along it; of its geoms' thickness; of both."""
+CHANGES = ("mass", "length", "width", "size", "damping", "friction", "gear")
+"""Factors a body may be given: of mass and inertia; of all distances along it; of its geoms' thickness; of both; of the
+damping of its joints; of the sliding friction of its geoms; of the gear of the actuators on its joints."""
 
 Bodies = Mapping[str, Mapping[str, float]]
 """Factors by name of body, then by name of change."""
@@ -54,7 +55,7 @@ def make_variant(base: str, bodies: Bodies | None = None, gravity: float | None 
     "length" stretches a body away from its own frame, which stays where it is: places of its geoms, joints, sites and
     child bodies, and its geoms along their axes. "width" is of the radius of capsules, cylinders and spheres and of
     the cross-section of boxes. Masses follow from the new shapes as the model's file says (some keep the total), and
-    then "mass" multiplies mass and inertia.
+    then "mass" multiplies mass and inertia. A contact takes the larger friction of its two geoms.
 
     Args:
         base: id of a MuJoCo environment of Gymnasium whose model is a file.
@@ -63,8 +64,8 @@ def make_variant(base: str, bodies: Bodies | None = None, gravity: float | None 
         **kwargs: arguments of the base, above its registered ones.
 
     Raises:
-        ValueError: no such environment, not one of MuJoCo, an unknown body or change, or a factor or gravity that is
-            not positive and finite.
+        ValueError: no such environment, not one of MuJoCo, an unknown body or change, a body that has nothing to
+            change, or a factor or gravity that is not positive and finite.
     """
     spec = gym.spec(base)
     kind: Any = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
@@ -125,8 +126,24 @@ def _changed(path: str, bodies: Bodies, gravity: float | None) -> mujoco.MjModel
         body = model.body(name).id
         model.body_mass[body] *= changes.get("mass", 1.0)
         model.body_inertia[body] *= changes.get("mass", 1.0)
+        for change, (values, own) in _owned(model, body).items():
+            if change in changes:
+                if not values[own].any():
+                    raise ValueError(f"body {name!r} has no {change} to change")
+                values[own] *= changes[change]
     mujoco.mj_setConst(model, mujoco.MjData(model))  # what the solver derives from masses
     return model
+
+
+def _owned(model: mujoco.MjModel, body: int) -> dict[str, tuple[Any, Any]]:
+    """Return what a body's joints, geoms and actuators have, as arrays of the model and the places in them."""
+    dof, geom = model.body_dofadr[body], model.body_geomadr[body]
+    pulls = model.actuator_trntype == mujoco.mjtTrn.mjTRN_JOINT
+    return {
+        "damping": (model.dof_damping, slice(dof, dof + model.body_dofnum[body])),
+        "friction": (model.geom_friction[:, 0], slice(geom, geom + model.body_geomnum[body])),
+        "gear": (model.actuator_gear, pulls & (model.jnt_bodyid[model.actuator_trnid[:, 0]] == body)),
+    }
 
 
 def _reshape(body: Any, length: float, width: float) -> None:

@@ -67,6 +67,26 @@ def test_a_scaled_limb_stays_in_the_chain():
     assert big.body_mass.sum() == pytest.approx(14), "this robot's file fixes the total mass"
 
 
+def test_damping_friction_and_gear_are_those_of_the_body():
+    plain = make_variant("Hopper-v5").model
+    changes = {"leg": {"damping": 0.5, "gear": 0.8}, "foot": {"friction": 3.0}}
+    changed = make_variant("Hopper-v5", changes).model
+    leg, foot = plain.body("leg"), plain.body("foot")
+    factors = np.ones(plain.nv)
+    factors[leg.dofadr[0]] = 0.5
+    np.testing.assert_allclose(changed.dof_damping, factors * plain.dof_damping)
+    np.testing.assert_allclose(changed.actuator_gear[:, 0], [200, 160, 200])
+    factors = np.ones(plain.ngeom)
+    factors[foot.geomadr[0]] = 3.0
+    np.testing.assert_allclose(changed.geom_friction[:, 0], factors * plain.geom_friction[:, 0])
+    np.testing.assert_array_equal(changed.geom_friction[:, 1:], plain.geom_friction[:, 1:])
+    for name in (*MODEL, "actuator_ctrlrange"):
+        np.testing.assert_array_equal(getattr(changed, name), getattr(plain, name), err_msg=name)
+    for body, change in (("torso", "gear"), ("torso", "damping")):
+        with pytest.raises(ValueError, match=f"body '{body}' has no {change} to change"):
+            make_variant("Hopper-v5", {body: {change: 0.5}})
+
+
 def test_gravity_pulls_as_told():
     env = make_variant("InvertedPendulum-v5", gravity=3.0)
     env.model.dof_damping[:] = 0
