@@ -86,8 +86,11 @@ class Transitions:
         return row - torch.where(begins, row, 0).cummax(dim=0).values
 
     def labelled(self) -> Bool[Tensor, " n"]:
-        """Return which rows hold an action. A log of states alone holds NaN in every column of ``action``."""
-        return ~self.action.isnan().all(dim=1)
+        """Return which rows hold an action. A log of states alone holds NaN in every column of ``action``.
+
+        A system that nobody acts on has no column of actions, and lacks none.
+        """
+        return ~self.action.isnan().all(dim=1) | (self.action.shape[1] == 0)
 
     def to(self, device: torch.device | str) -> "Transitions":
         """Return the same rows on another device."""
