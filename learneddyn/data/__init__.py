@@ -2,7 +2,7 @@
 
 from learneddyn.data.collect import collect
 from learneddyn.data.grades import GradeNotReached, algorithm_class, collect_grade, load_agent
-from learneddyn.data.logs import from_arrays, from_csv, from_parquet
+from learneddyn.data.logs import decimate, from_arrays, from_csv, from_parquet
 from learneddyn.data.minari import (
     DatasetExists,
     DatasetNotFound,
@@ -20,6 +20,7 @@ __all__ = [
     "algorithm_class",
     "collect",
     "collect_grade",
+    "decimate",
     "from_arrays",
     "from_csv",
     "from_parquet",

@@ -3,6 +3,9 @@
 A log holds one row a step: what was observed, what was done, the reward, whether the step truly ended the episode, and
 which episode it belongs to. Where the log has no next observations, they are read from the following row of the same
 episode. The last row of an episode then has none, and yields no transition of its own.
+
+A learned model knows one step size. Name the column of time stamps, and a log whose rows are not evenly spaced is
+refused or split at its gaps; `decimate` makes the steps of a fast log longer.
 """
 
 import bz2
@@ -11,6 +14,7 @@ import gzip
 import lzma
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +27,11 @@ from learneddyn.core import DataError, Transitions
 from learneddyn.spaces import Spaces, encode
 
 LastRow = Literal["state", "drop"]
+Gaps = Literal["refuse", "split"]
 Columns = dict[str, np.ndarray]
+Paths = str | Path | Sequence[str | Path]
+_JITTER = 0.05
+"""Share of the median time step that a step may differ from it."""
 
 
 def from_arrays(
@@ -35,6 +43,8 @@ def from_arrays(
     *,
     next_obs: ArrayLike | Sequence[ArrayLike] | None = None,
     truncated: ArrayLike | None = None,
+    time: ArrayLike | None = None,
+    gaps: Gaps = "refuse",
     last_row: LastRow | None = None,
     discrete: bool | int = False,
     spaces: Spaces | None = None,
@@ -62,6 +72,8 @@ def from_arrays(
         episode: label of each row's episode, numbers or text.
         next_obs: observations after the step, if the log has them; then each row is a transition.
         truncated: True where the episode was cut off; tells episodes apart where there is no ``episode``.
+        time: time stamp of each row, in any unit: within an episode all steps must be equal, up to 5 % of the median.
+        gaps: what happens where they are not: ``"refuse"`` the log, or ``"split"`` the episode there.
         last_row: what the last row of an episode is where ``next_obs`` is missing. ``"state"``: the final observation
             alone, its ``terminated`` speaks of that observation, its action and reward are not read. ``"drop"``: a step
             whose outcome was not recorded. None: as ``"drop"``, but refuse a log that would lose a termination by it.
@@ -72,68 +84,76 @@ def from_arrays(
         source: where the data came from, in words.
 
     Raises:
-        DataError: unequal lengths, no transition, NaN or infinity (names the row of the log), lost terminations, or
-            actions that are not integers though ``discrete``.
+        DataError: unequal lengths, no transition, NaN or infinity (names the row of the log), lost terminations,
+            uneven time steps, or actions that are not integers though ``discrete``.
     """
     if isinstance(obs, list | tuple) and obs and np.ndim(obs[0]) == 2:
         given: dict[str, Any] = {"obs": obs, "action": action, "reward": reward, "terminated": terminated}
-        if next_obs is not None or episode is not None or truncated is not None:
-            raise DataError("lists of episodes already hold next_obs, episode and truncated: leave them out")
+        if any(part is not None for part in (next_obs, episode, truncated, time)):
+            raise DataError("lists of episodes already hold next_obs, episode, truncated and time: leave them out")
         columns, last_row = _join(given), "state"
     else:
         all_columns = {"obs": obs, "action": action, "reward": reward, "terminated": terminated, "episode": episode}
-        all_columns |= {"next_obs": next_obs, "truncated": truncated}
+        all_columns |= {"next_obs": next_obs, "truncated": truncated, "time": time}
         columns = {name: np.asarray(column) for name, column in all_columns.items() if column is not None}
     names = {name: [name] for name in columns}
-    return _assemble(columns, names, last_row, discrete, spaces, device, source)
+    return _assemble(columns, names, last_row, gaps, discrete, spaces, device, source)
 
 
 def from_csv(
-    path: str | Path,
+    path: Paths,
     *,
     obs: Sequence[str],
-    action: Sequence[str],
+    action: Sequence[str] = (),
     reward: str | None = None,
     terminated: str | None = None,
     episode: str | None = None,
     next_obs: Sequence[str] | None = None,
     truncated: str | None = None,
+    time: str | None = None,
+    gaps: Gaps = "refuse",
     last_row: LastRow | None = None,
     discrete: bool | int = False,
     spaces: Spaces | None = None,
     device: torch.device | str = "cpu",
     delimiter: str = ",",
 ) -> Transitions:
-    """Read a CSV file with a header line; ``.gz``, ``.bz2`` and ``.xz`` are unpacked on the way.
+    """Read CSV files with a header line; ``.gz``, ``.bz2`` and ``.xz`` are unpacked on the way.
 
     Arguments name columns; for their meaning, and for the spaces, see `from_arrays`. An empty cell is NaN, truth values
-    may be written 0/1 or true/false, episode labels may be text.
+    may be written 0/1 or true/false, episode labels may be text. An episode never goes on in the next file. Without
+    ``action`` the log is that of a system that nobody acts on.
 
     Raises:
         DataError: as `from_arrays`, and: a column that is not there (lists those that are), a cell that is no number.
         FileNotFoundError: no such file.
     """
-    wanted = _wanted(obs, action, reward, terminated, episode, next_obs, truncated)
-    table = _read_csv(Path(path), [name for group in wanted.values() for name in group], delimiter)
-    return _from_table(table, wanted, last_row, discrete, spaces, device, str(path))
+    wanted = _wanted(obs, action, reward, terminated, episode, next_obs, truncated, time)
+
+    def read(path: Path, names: list[str]) -> Columns:
+        return _read_csv(path, names, delimiter)
+
+    return _from_files(path, wanted, read, last_row, gaps, discrete, spaces, device)
 
 
 def from_parquet(
-    path: str | Path,
+    path: Paths,
     *,
     obs: Sequence[str],
-    action: Sequence[str],
+    action: Sequence[str] = (),
     reward: str | None = None,
     terminated: str | None = None,
     episode: str | None = None,
     next_obs: Sequence[str] | None = None,
     truncated: str | None = None,
+    time: str | None = None,
+    gaps: Gaps = "refuse",
     last_row: LastRow | None = None,
     discrete: bool | int = False,
     spaces: Spaces | None = None,
     device: torch.device | str = "cpu",
 ) -> Transitions:
-    """Read a Parquet file. Arguments name columns; for their meaning, and for the spaces, see `from_arrays`.
+    """Read Parquet files. Arguments name columns; see `from_csv`, and for their meaning and the spaces `from_arrays`.
 
     Raises:
         ImportError: pyarrow is not installed.
@@ -144,12 +164,48 @@ def from_parquet(
         from pyarrow import parquet
     except ImportError as error:
         raise ImportError("reading Parquet needs pyarrow: pip install learneddyn[parquet]") from error
-    wanted = _wanted(obs, action, reward, terminated, episode, next_obs, truncated)
-    names = [name for group in wanted.values() for name in group]
-    _refuse_missing(path, names, parquet.read_schema(path).names)
-    arrow = parquet.read_table(path, columns=list(dict.fromkeys(names)))
-    table = {name: arrow.column(name).to_numpy() for name in names}
-    return _from_table(table, wanted, last_row, discrete, spaces, device, str(path))
+    wanted = _wanted(obs, action, reward, terminated, episode, next_obs, truncated, time)
+
+    def read(path: Path, names: list[str]) -> Columns:
+        _refuse_missing(path, names, parquet.read_schema(path).names)
+        arrow = parquet.read_table(path, columns=list(dict.fromkeys(names)))
+        return {name: arrow.column(name).to_numpy() for name in names}
+
+    return _from_files(path, wanted, read, last_row, gaps, discrete, spaces, device)
+
+
+def decimate(data: Transitions, every: int) -> Transitions:
+    """Return a log whose steps last ``every`` times as long: a model of a fast log sees next to no change in a step.
+
+    Of each unbroken stretch of an episode every ``every``-th observation is kept, counted from its first row, or where
+    it ends in a termination from that; rows left over at the other end are dropped. The action is the mean over the
+    step, the reward the sum.
+
+    Raises:
+        ValueError: ``every`` below 1, or actions that are no Box, which have no mean.
+        DataError: no stretch is ``every`` rows long.
+    """
+    if every < 1:
+        raise ValueError(f"every must be at least 1, got {every}")
+    if data.spaces is not None and not isinstance(data.spaces.action, gym.spaces.Box):
+        raise ValueError(f"a step of several rows needs the mean of their actions, and {data.spaces.action} has none")
+    broken = torch.ones(len(data), dtype=torch.bool, device=data.device)
+    broken[1:] = (data.episode[1:] != data.episode[:-1]) | (data.obs[1:] != data.next_obs[:-1]).any(dim=1)
+    stretch, row = broken.cumsum(0) - 1, torch.arange(len(data), device=data.device)
+    first = broken.nonzero().flatten()
+    end = torch.cat([first[1:], torch.tensor([len(data)], device=data.device)])
+    anchor = torch.where(data.terminated[end - 1], end, first)
+    begins = row[((row - anchor[stretch]) % every == 0) & (row + every <= end[stretch])]
+    if not len(begins):
+        raise DataError(f"no unbroken stretch of the log holds {every} rows: take a smaller every")
+    rows, last = begins[:, None] + torch.arange(every, device=data.device), begins + every - 1
+    return replace(
+        data[begins],
+        action=data.action[rows].mean(dim=1),
+        reward=data.reward[rows].sum(dim=1),
+        next_obs=data.next_obs[last],
+        terminated=data.terminated[last],
+    )
 
 
 def _wanted(
@@ -160,13 +216,13 @@ def _wanted(
     episode: str | None,
     next_obs: Sequence[str] | None,
     truncated: str | None,
+    time: str | None,
 ) -> dict[str, list[str]]:
     groups = {"obs": obs, "action": action, "next_obs": next_obs}
-    groups |= {"reward": reward, "terminated": terminated, "episode": episode, "truncated": truncated}
-    wanted = {key: [names] if isinstance(names, str) else list(names) for key, names in groups.items() if names}
-    if not obs or not action:
-        raise DataError("name at least one obs column and one action column")
-    return wanted
+    groups |= {"reward": reward, "terminated": terminated, "episode": episode, "truncated": truncated, "time": time}
+    if not obs:
+        raise DataError("name at least one obs column")
+    return {key: [names] if isinstance(names, str) else list(names) for key, names in groups.items() if names}
 
 
 def _refuse_missing(path: str | Path, wanted: Sequence[str], present: Sequence[str]) -> None:
@@ -201,15 +257,27 @@ def _read_csv(path: Path, wanted: list[str], delimiter: str) -> Columns:
     return {name: table[:, index] for index, name in enumerate(wanted)}
 
 
-def _from_table(
-    table: Columns,
+def _from_files(
+    paths: Paths,
     wanted: dict[str, list[str]],
+    read: Callable[[Path, list[str]], Columns],
     last_row: LastRow | None,
+    gaps: Gaps,
     discrete: bool | int,
     spaces: Spaces | None,
     device: torch.device | str,
-    source: str,
 ) -> Transitions:
+    chosen = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    if not chosen:
+        raise DataError("name at least one file, got []")
+    names = [name for group in wanted.values() for name in group]
+    parts = [_typed(read(path, names), wanted, str(path)) for path in chosen]
+    columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    columns["file"] = np.repeat(np.arange(len(parts)), [len(part["obs"]) for part in parts])
+    return _assemble(columns, wanted, last_row, gaps, discrete, spaces, device, ", ".join(map(str, chosen)))
+
+
+def _typed(table: Columns, wanted: dict[str, list[str]], source: str) -> Columns:
     columns: Columns = {}
     for key, names in wanted.items():
         if key == "episode":
@@ -218,7 +286,8 @@ def _from_table(
             columns[key] = np.stack([_numbers(table[name], name, source) for name in names], axis=1)
         else:
             columns[key] = _numbers(table[names[0]], names[0], source)
-    return _assemble(columns, wanted, last_row, discrete, spaces, device, source)
+    columns.setdefault("action", np.zeros((len(columns["obs"]), 0)))
+    return columns
 
 
 _WORDS = {"": np.nan, "true": 1.0, "false": 0.0, "none": np.nan, "null": np.nan, "na": np.nan}
@@ -265,6 +334,7 @@ def _assemble(
     columns: Columns,
     names: dict[str, list[str]],
     last_row: LastRow | None,
+    gaps: Gaps,
     discrete: bool | int,
     spaces: Spaces | None,
     device: torch.device | str,
@@ -274,17 +344,24 @@ def _assemble(
     rows = lengths["obs"]
     if len(set(lengths.values())) != 1:
         raise DataError(f"{source}: all columns must have the same number of rows, got {lengths}")
-    if last_row not in (None, "state", "drop"):
-        raise DataError(f"last_row must be 'state', 'drop' or None, got {last_row!r}")
+    if last_row not in (None, "state", "drop") or gaps not in ("refuse", "split"):
+        raise DataError(
+            f"last_row must be 'state', 'drop' or None, and gaps 'refuse' or 'split', got {last_row!r} and {gaps!r}"
+        )
     terminated = _flags(columns, "terminated", rows, last_row, source)
     truncated = _flags(columns, "truncated", rows, last_row, source)
     label = columns.get("episode")
     if label is None:
         label = np.concatenate([[0], np.cumsum(terminated | truncated)[:-1]])[:rows]
+    if "file" in columns:
+        inverse = np.unique(label, return_inverse=True)[1]
+        label = columns["file"] * (inverse.max(initial=0) + 1) + inverse
     _, first, inverse = np.unique(label, return_index=True, return_inverse=True)
     episode = np.argsort(np.argsort(first))[inverse]
     order = np.argsort(episode, kind="stable")
     episode, terminated = episode[order], terminated[order]
+    if "time" in columns:
+        episode = _even(columns["time"].reshape(rows)[order].astype(float), episode, order, gaps, source)
 
     if "next_obs" in columns:
         now, after = order, order
@@ -328,6 +405,24 @@ def _assemble(
         source=source,
         device=device,
     ).check()
+
+
+def _even(time: np.ndarray, episode: np.ndarray, order: np.ndarray, gaps: Gaps, source: str) -> np.ndarray:
+    """Return the episode of each row of an ordered log: a new one after each uneven time step."""
+    step, same = np.diff(time), episode[1:] == episode[:-1]
+    if not same.any():
+        return episode
+    usual = float(np.median(step[same]))
+    odd = same & ~(np.abs(step - usual) <= _JITTER * abs(usual))
+    if usual <= 0 or (gaps == "refuse" and odd.any()):
+        row = int(np.argmax(odd if usual > 0 else same))
+        raise DataError(
+            f"{source}: {int(odd.sum())} of {int(same.sum())} time steps differ by more than {_JITTER:.0%} from the "
+            f"median, {usual:g}, the first from row {order[row]} to {order[row + 1]} ({step[row]:g}). A model knows one "
+            "step size: resample the log, or split its episodes there with gaps='split'; files of different rates are "
+            "data sets of their own"
+        )
+    return episode + np.concatenate([[0], np.cumsum(odd)])
 
 
 def _flags(columns: Columns, name: str, rows: int, last_row: LastRow | None, source: str) -> np.ndarray:

@@ -1,6 +1,8 @@
 import bz2
 import gzip
 import sys
+from dataclasses import replace
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from learneddyn.core import DataError
-from learneddyn.data import from_arrays, from_csv, from_parquet
+from learneddyn.data import decimate, from_arrays, from_csv, from_parquet
 from learneddyn.spaces import Spaces
 
 OBS = np.arange(12, dtype=float).reshape(6, 2)
@@ -191,3 +193,70 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"pip install learneddyn\[parquet\]"):
         from_parquet(tmp_path / "log.parquet", obs=["x"], action=["u"])
+
+
+def fast_log(tmp_path, rows=9, at=lambda row: 0.01 * row):
+    """Write x = row and u = 10 row; return how to read it."""
+    lines = [f"{at(row)!r},{row},{10 * row}" for row in range(rows)]
+    (tmp_path / "fast.csv").write_text("\n".join(["t,x,u", *lines]))
+    return partial(from_csv, tmp_path / "fast.csv", obs=["x"], action=["u"], time="t")
+
+
+def test_uneven_time_steps_are_refused_or_split(tmp_path):
+    assert len(fast_log(tmp_path)()) == 8
+    assert len(fast_log(tmp_path, at=lambda row: 0.01 * row + 0.0004 * (row == 4))()) == 8, "jitter below 5 %"
+    late = fast_log(tmp_path, at=lambda row: 0.01 * row + 0.02 * (row >= 4))
+    with pytest.raises(DataError, match=r"1 of 8 time steps differ .* the median, 0\.01, .* row 3 to 4 \(0\.03\)"):
+        late()
+    split = late(gaps="split")
+    assert split.obs[:, 0].tolist() == [0, 1, 2, 4, 5, 6, 7]
+    assert split.episode.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    with pytest.raises(DataError, match="8 of 8 time steps"):
+        fast_log(tmp_path, at=lambda row: float("nan"))()
+    with pytest.raises(DataError, match=r"the median, -0\.01"):
+        fast_log(tmp_path, at=lambda row: -0.01 * row)()
+
+
+def test_episodes_do_not_go_on_in_the_next_file(tmp_path):
+    read = fast_log(tmp_path)
+    path = tmp_path / "fast.csv"
+    both = from_csv([path, path], **read.keywords)
+    assert both.episode.tolist() == [0] * 8 + [1] * 8
+    assert torch.equal(both.obs[:8], both.obs[8:])
+    assert both.source == f"{path}, {path}"
+    (tmp_path / "log.csv").write_text(CSV)
+    named = from_csv([tmp_path / "log.csv"] * 2, **NAMED, last_row="state")
+    assert named.episode.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    with pytest.raises(DataError, match=r"at least one file, got \[\]"):
+        from_csv([], obs=["x"])
+
+
+def test_a_log_of_a_system_that_nobody_acts_on(tmp_path):
+    data = from_csv(fast_log(tmp_path).args[0], obs=["x", "u"])
+    assert data.action.shape == (8, 0)
+    assert data.spaces.action_dim == 0
+    assert len(data.check()) == 8
+    assert bool(data.labelled().all())
+
+
+def test_decimated_steps_last_longer_and_keep_terminations(tmp_path):
+    data = fast_log(tmp_path)()
+    slow = decimate(data, 3)
+    assert slow.obs[:, 0].tolist() == [0, 3]
+    assert slow.next_obs[:, 0].tolist() == [3, 6]
+    assert slow.action[:, 0].tolist() == [10, 40]
+    ended = replace(data, terminated=torch.arange(8) == 7, reward=torch.ones(8))
+    slow = decimate(ended, 3)
+    assert slow.obs[:, 0].tolist() == [2, 5]
+    assert slow.next_obs[:, 0].tolist() == [5, 8]
+    assert slow.terminated.tolist() == [False, True]
+    assert slow.reward.tolist() == [3, 3]
+    torn = data[torch.tensor([0, 1, 2, 4, 5, 6, 7])]
+    assert decimate(torn, 2).obs[:, 0].tolist() == [0, 4, 6]
+    assert torch.equal(decimate(data, 1).action, data.action)
+    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+        decimate(data, 0)
+    with pytest.raises(DataError, match="no unbroken stretch of the log holds 9 rows"):
+        decimate(data, 9)
+    with pytest.raises(ValueError, match=r"mean of their actions, and Discrete\(3"):
+        decimate(from_arrays(OBS, [1, 3, 2, 1, 3, 1], episode=EPISODE, discrete=True), 2)
