@@ -7,11 +7,13 @@
     per method           a number of updates that is fixed beforehand; the last policy plays real episodes
 
 Every data set, model and score is a cell of its own (`learneddyn.runs.cells`): a killed run goes on where it stopped,
-and a method that is added later, or was given other settings, leaves the other cells as they are.
+and a method that is added later, or was given other settings, leaves the other cells as they are. Cells are played
+grade by grade, in the order of `ORDER`, every method of one before the data of the next; with one worker per seed
+(``--workers 3``) the seeds keep pace. `show` writes what there is of a run that was stopped.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,20 +27,22 @@ from matplotlib.figure import Figure
 from learneddyn import offline, tasks
 from learneddyn.core import Json, Task, Transitions, generator
 from learneddyn.data import collect, load, save
-from learneddyn.data.grades import train
+from learneddyn.data.grades import GradeNotReached, train
 from learneddyn.data.scores import normalized_score
 from learneddyn.evaluation.returns import evaluate
 from learneddyn.evaluation.stats import Estimate, bootstrap_interval
 from learneddyn.files import surviving_folder
 from learneddyn.models import AbstractDynamics, ProbabilisticEnsemble
-from learneddyn.runs.cells import FAILED, Cells
-from learneddyn.runs.claims import Claim, Finding, Measure, panels
+from learneddyn.runs.cells import FAILED, UNPLAYED, Cells
+from learneddyn.runs.claims import Claim, Finding, Measure, panels, run_claim
 from learneddyn.runs.seeds import Notify
 
 METHODS = ("BC", "TD3+BC", "IQL", "EDAC", "MOPO", "MOBILE", "RAVL", "MOREC")
 """In the order of the table; the class of a method is what `learneddyn.offline` exports by that name, without signs."""
 MODEL_BASED = ("MOPO", "MOBILE", "RAVL", "MOREC")
 GRADES = ("random", "medium", "replay", "expert")
+ORDER = ("medium", "replay", "random", "expert")
+"""In which grades are played: what is judged comes first."""
 JUDGE_SEED = 10_000
 
 
@@ -121,17 +125,39 @@ def measure(seed: int, home: Path, notify: Notify) -> Json:
     return play_parts(PARTS, seed, home, notify)
 
 
-def play_parts(parts: Parts, seed: int, home: Path, notify: Notify) -> Json:
-    """Return the returns of behaviours and methods of one seed, by task and grade."""
-    total = sum(3 + len(part.grades) * (1 + len(part.updates)) for part in parts.values())
-    cells, figures = Cells(home, notify, total), dict[str, Json]()
+def play_parts(parts: Parts, seed: int, home: Path, notify: Notify, *, frozen: bool = False) -> Json:
+    """Return the returns of behaviours and methods of one seed, by task and grade; ``frozen`` plays no cell.
+
+    A grade without data holds why under ``FAILED``, and so does every method there.
+    """
+    total = sum(1 + len(part.grades) * (2 + len(part.updates)) for part in parts.values())
+    cells, figures = Cells(home, notify, total, frozen=frozen), dict[str, Json]()
     for name, part in parts.items():
-        figures[name] = {}
+        found: Json = {}
         idle = cells.play(f"{name}, no action", {"episodes": part.episodes, "seed": seed}, partial(_idle, part, seed))
-        for grade, behaviour in logs(part, name, seed, cells).items():
-            rows: Json = {"behaviour": behaviour["return"], "idle": idle["return"], "rows": behaviour["rows"]}
-            figures[name][grade] = rows | methods(part, name, grade, behaviour["id"], seed, home, cells)
+        for grade in sorted(part.grades, key=ORDER.index):
+            log = log_of(part, name, grade, seed, cells)
+            if FAILED in log:
+                found[grade] = log | dict.fromkeys(part.updates, log)
+                continue
+            found[grade] = {"behaviour": log["return"], "rows": log["rows"]}
+            found[grade] |= {} if FAILED in idle else {"idle": idle["return"]}
+            found[grade] |= methods(part, name, grade, log["id"], seed, home, cells)
+        figures[name] = {grade: found[grade] for grade in part.grades}
     return figures
+
+
+def show(claim: Claim, parts: Parts, out: str | Path, *, seeds: Sequence[int] | None = None) -> list[Finding]:
+    """Write result and picture of what there is of a run in ``out``; what is missing is "not played yet".
+
+    For example ``show(offline_table_hopper.CLAIM, offline_table_hopper.PARTS, "runs/reproduce")``. The run goes on
+    with ``--resume true`` as before.
+
+    Raises:
+        RunExists: the run there has other seeds.
+    """
+    read = partial(play_parts, parts, frozen=True)
+    return run_claim(replace(claim, measure=read), out, seeds=seeds, workers=1, resume=True, progress=False)
 
 
 class Idle:
@@ -154,27 +180,28 @@ def _idle(part: Part, seed: int) -> Json:
     return {"return": evaluate(Idle(real_id), real_id, episodes=part.episodes, seed=JUDGE_SEED + seed).mean}
 
 
-def logs(part: Part, name: str, seed: int, cells: Cells) -> dict[str, Json]:
-    """Return, for every grade of a task, the id of its Minari data set, its rows and its behaviour's mean return.
+def log_of(part: Part, name: str, grade: str, seed: int, cells: Cells) -> Json:
+    """Return the id of a grade's Minari data set, its rows and its behaviour's mean return, or why there is none.
 
-    Medium, expert and random: real episodes of the behaviour, actions sampled. Replay: the episodes in the data.
+    Medium, expert and random: real episodes of the behaviour, actions sampled. Replay: the episodes in the data. One
+    agent makes medium and replay, in one cell.
     """
-    common = {"task": part.task.real_id, "rows": part.rows, "training": part.training, "behaviour": part.behaviour}
-    makers = {
-        "random": (("random",), common | {"grade": "random"}, partial(_random, part)),
-        "medium": (("medium", "replay"), common | {"goal": part.medium}, partial(_trained, part, part.medium)),
-        "expert": (("expert",), common | {"grade": "expert"}, partial(_trained, part, None)),
-    }
-    found: dict[str, Json] = {}
-    for maker, (grades, settings, work) in makers.items():
-        if not set(grades) & set(part.grades):
-            continue
-        ids = {grade: f"learneddyn-table/{name.lower()}-{grade}-{seed}-v0" for grade in grades}
-        there = set(ids.values()) <= set(minari.list_local_datasets())
-        found |= cells.play(
-            f"{name}, {maker} data", settings | {"seed": seed}, partial(work, ids, seed), anew=not there
-        )
-    return {grade: found[grade] for grade in part.grades}
+    own: Json
+    settings: Json = {"task": part.task.real_id, "rows": part.rows, "training": part.training}
+    settings |= {"behaviour": part.behaviour, "seed": seed}
+    work: Callable[..., Json]
+    if grade == "random":
+        made, own, work = [grade], {"grade": grade}, partial(_random, part)
+    elif grade == "expert":
+        made, own, work = [grade], {"grade": grade}, partial(_trained, part, None)
+    else:
+        made, own, work = ["medium", "replay"], {"goal": part.medium}, partial(_trained, part, part.medium)
+    ids = {grade: f"learneddyn-table/{name.lower()}-{grade}-{seed}-v0" for grade in made}
+    play = partial(cells.play, f"{name}, {made[0]} data", settings | own, partial(work, ids, seed))
+    found = play()
+    if FAILED not in found and not set(ids.values()) <= set(minari.list_local_datasets()):
+        found = play(anew=True)
+    return found if FAILED in found else found[grade]
 
 
 def _random(part: Part, ids: dict[str, str], seed: int) -> Json:
@@ -185,7 +212,10 @@ def _random(part: Part, ids: dict[str, str], seed: int) -> Json:
 def _trained(part: Part, goal: float | None, ids: dict[str, str], seed: int) -> Json:
     real_id, name, kwargs = part.task.real_id, part.behaviour["algorithm"], part.behaviour["kwargs"]
     budget: Json = {"train_steps": part.training[goal is None], "goal": goal, "algorithm_kwargs": kwargs}
-    agent = train(real_id, name, seed=seed, progress=False, **budget)
+    try:
+        agent = train(real_id, name, seed=seed, progress=False, **budget)
+    except GradeNotReached as error:
+        return {FAILED: f"GradeNotReached: {error}"}
     found = {}
     for grade, dataset_id in ids.items():
         if grade == "replay":
@@ -257,34 +287,60 @@ def score_of(figures: Figures, part: Part, name: str, grade: str, method: str) -
     return bootstrap_interval(normalized_score(part.task.real_id, returns)) if returns else None
 
 
-def reference_of(figures: Figures, part: Part, name: str, grade: str, kind: str = "behaviour") -> Estimate:
-    """Return the normalised score over seeds of the behaviour, or of doing nothing ("idle")."""
-    earned = [seed[name][grade][kind] for seed in figures.values()]
-    return bootstrap_interval(normalized_score(part.task.real_id, earned))
+def reference_of(figures: Figures, part: Part, name: str, grade: str, kind: str = "behaviour") -> Estimate | None:
+    """Return the normalised score over seeds of the behaviour, or of doing nothing ("idle"), None where unknown."""
+    cells = [seed[name][grade] for seed in figures.values()]
+    earned = [cell[kind] for cell in cells if kind in cell]
+    return bootstrap_interval(normalized_score(part.task.real_id, earned)) if earned else None
 
 
 def findings(parts: Parts, judged: Sequence[str], figures: Figures) -> list[Finding]:
-    """Judge the best model-based method against BC and behaviour on the sets of these names; report all others."""
+    """Judge the best model-based method against BC and behaviour on the sets of these names; report all others.
+
+    A set with cells that have not been played yet is reported, not judged.
+    """
     rows = []
     for name, part in parts.items():
         for grade in part.grades:
+            where, lost = f"{name} {grade}", _without_data(figures, name, grade)
             scores = {method: score_of(figures, part, name, grade, method) for method in part.updates}
             based = {method: score for method, score in scores.items() if score and method in MODEL_BASED}
-            cloned, behaviour = scores["BC"], reference_of(figures, part, name, grade)
-            where, idle = f"{name} {grade}", reference_of(figures, part, name, grade, "idle")
+            levels = {
+                "the behaviour": reference_of(figures, part, name, grade),
+                "no action": reference_of(figures, part, name, grade, "idle"),
+                "BC": scores["BC"],
+            }
+            whole = not any(_count(figures, name, grade, method, unplayed=True) for method in part.updates)
+            judge = whole and where in judged
+            if lost:
+                what = f"{where}: seeds without data ({'; '.join(sorted(set(lost)))})"
+                rows.append(
+                    Finding(what, _number(len(lost)), "none" if judge else "reported", False if judge else None)
+                )
             if based:
                 method = max(based, key=lambda method: based[method].value)
                 best = based[method]
-                bar = max(behaviour.high, idle.high, cloned.high if cloned else -np.inf)
+                bar = max(level.high for level in levels.values() if level)
                 bound = f"above BC, behaviour and no action, {bar:.4g}"
                 what = f"{where}: score of the best model-based method, {method}"
-                held = bool(best.low > bar) if where in judged else None
-                rows.append(Finding(what, best, bound if where in judged else f"reported ({bound}?)", held))
-            rows.append(Finding(f"{where}: score of the behaviour", behaviour, "reported", None))
-            rows.append(Finding(f"{where}: score of no action", idle, "reported", None))
-            if cloned:
-                rows.append(Finding(f"{where}: score of BC", cloned, "reported", None))
+                held = bool(best.low > bar) if judge else None
+                rows.append(Finding(what, best, bound if judge else f"reported ({bound}?)", held))
+            elif judge:
+                rows.append(Finding(f"{where}: model-based methods with a score", _number(0), "at least 1", False))
+            for level, score in levels.items():
+                if score:
+                    rows.append(Finding(f"{where}: score of {level}", score, "reported", None))
     return rows
+
+
+def _number(count: int) -> Estimate:
+    return Estimate(count, -np.inf, np.inf)
+
+
+def _without_data(figures: Figures, name: str, grade: str) -> list[str]:
+    """Return, for every seed whose data could not be made, why."""
+    reasons = [seed[name][grade].get(FAILED, UNPLAYED) for seed in figures.values()]
+    return [reason for reason in reasons if reason != UNPLAYED]
 
 
 def table(parts: Parts, figures: Figures) -> str:
@@ -295,23 +351,28 @@ def table(parts: Parts, figures: Figures) -> str:
     ]
     for name, part in parts.items():
         for grade in part.grades:
-            counts = sorted({seed[name][grade]["rows"] for seed in figures.values()})
+            counts = sorted({seed[name][grade]["rows"] for seed in figures.values() if "rows" in seed[name][grade]})
             cells = [f"{name} {grade}", "-".join(map(str, counts[:: max(1, len(counts) - 1)]))]
-            cells += [_short(reference_of(figures, part, name, grade, kind)) for kind in ("behaviour", "idle")]
+            for kind in ("behaviour", "idle"):
+                score = reference_of(figures, part, name, grade, kind)
+                cells.append(_short(score) if score else "")
             for method in METHODS:
                 if method not in part.updates:
                     cells.append("")
                     continue
-                score, failed = score_of(figures, part, name, grade, method), _failures(figures, name, grade, method)
-                cells.append(
-                    " ".join(([_short(score)] if score else []) + ([f"**failed** {failed}x"] if failed else []))
-                )
+                score = score_of(figures, part, name, grade, method)
+                failed, unplayed = (_count(figures, name, grade, method, unplayed=kind) for kind in (False, True))
+                told = [_short(score)] if score else []
+                told += [f"**failed** {failed}x"] if failed else []
+                cells.append(" ".join(told + ([f"{UNPLAYED} {unplayed}x"] if unplayed else [])))
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _failures(figures: Figures, name: str, grade: str, method: str) -> int:
-    return sum(FAILED in seed[name][grade][method] for seed in figures.values())
+def _count(figures: Figures, name: str, grade: str, method: str, *, unplayed: bool) -> int:
+    """Return the seeds in which a method failed, or in which it has not been played yet."""
+    reasons = [seed[name][grade][method].get(FAILED) for seed in figures.values()]
+    return sum(reason is not None and (reason == UNPLAYED) is unplayed for reason in reasons)
 
 
 def _short(score: Estimate) -> str:
@@ -326,11 +387,11 @@ def draw(parts: Parts, figures: Figures) -> Figure:
     for ax, (name, grade) in zip(axes, sets, strict=True):
         part = parts[name]
         methods = [method for method in METHODS if method in part.updates]
-        behaviour = reference_of(figures, part, name, grade)
-        ax.axhspan(max(behaviour.low, -10), min(behaviour.high, 130), color="grey", alpha=0.25, linewidth=0)
-        ax.axhline(behaviour.value, color="grey", linewidth=1)
-        idle = reference_of(figures, part, name, grade, "idle").value
-        ax.axhline(idle, color="grey", linewidth=1, linestyle=":")
+        if behaviour := reference_of(figures, part, name, grade):
+            ax.axhspan(max(behaviour.low, -10), min(behaviour.high, 130), color="grey", alpha=0.25, linewidth=0)
+            ax.axhline(behaviour.value, color="grey", linewidth=1)
+        if idle := reference_of(figures, part, name, grade, "idle"):
+            ax.axhline(idle.value, color="grey", linewidth=1, linestyle=":")
         for place, method in enumerate(methods):
             colour = "tab:blue" if method in MODEL_BASED else "tab:grey"
             if score := score_of(figures, part, name, grade, method):
@@ -340,8 +401,9 @@ def draw(parts: Parts, figures: Figures) -> Figure:
                 returns = [cell["return"] for cell in cells if FAILED not in cell]
                 scores = normalized_score(part.task.real_id, returns)
                 ax.plot([place] * len(returns), scores, ".", color="black", markersize=3)
-            if _failures(figures, name, grade, method):
-                ax.text(place, 2, "failed", rotation=90, ha="center", va="bottom", fontsize=6, color="tab:red")
+            for unplayed, told, ink in ((True, UNPLAYED, "tab:grey"), (False, "failed", "tab:red")):
+                if _count(figures, name, grade, method, unplayed=unplayed):
+                    ax.text(place, 2, told, rotation=90, ha="center", va="bottom", fontsize=6, color=ink)
         ax.set_xticks(range(len(methods)), methods, rotation=90, fontsize=7)
         ax.set_ylim(-5, 112)
         ax.set_title(f"{name}\n{grade}", fontsize=8)

@@ -11,9 +11,11 @@ import torch
 from matplotlib.figure import Figure
 
 from learneddyn.core import Json, Transitions
+from learneddyn.data.grades import GradeNotReached
 from learneddyn.offline import MOPO
 from learneddyn.reproduce import offline_table, offline_table_hopper
 from learneddyn.runs.cells import FAILED
+from learneddyn.runs.claims import run_claim
 from learneddyn.runs.seeds import silent
 
 
@@ -81,6 +83,77 @@ def test_what_a_method_refuses_is_shown_as_failed(small, monkeypatch):
     monkeypatch.setattr(offline_table, "PARTS", {"Reacher": replace(part, grades=("random",), updates={"MOPO": 5})})
     found = offline_table.measure(0, small, silent)["Reacher"]["random"]["MOPO"]
     assert found == {FAILED: "ArithmeticError: MOPO diverged"}
+
+
+def names(home: Path) -> list[str]:
+    """Cells in the order in which they were played."""
+    return sorted(ages(home), key=ages(home).__getitem__)
+
+
+def test_a_grade_that_is_not_reached_is_shown_as_failed_and_not_tried_again(small, monkeypatch):
+    def weak(*_: object, **__: object) -> None:
+        raise GradeNotReached("PPO reached a mean return of -60")
+
+    monkeypatch.setattr(offline_table, "train", weak)
+    part = replace(offline_table.PARTS["Reacher"], updates={"BC": 5, "IQL": 5})
+    monkeypatch.setattr(offline_table, "PARTS", {"Reacher": replace(part, grades=("random", "replay"))})
+    parts = offline_table.PARTS
+    figures = offline_table.measure(0, small, silent)["Reacher"]
+    reason = "GradeNotReached: PPO reached a mean return of -60"
+    assert figures["replay"] == {FAILED: reason} | {method: {FAILED: reason} for method in part.updates}
+    assert "return" in figures["random"]["BC"]
+    before = ages(small)
+    assert offline_table.measure(0, small, silent)["Reacher"] == figures
+    assert ages(small) == before
+    seeds = {0: {"Reacher": figures}}
+    last = offline_table.table(parts, seeds).splitlines()[-1]
+    assert last.startswith("| Reacher replay |  |  |  | **failed** 1x |")
+    for judged, held in (((), None), (("Reacher replay",), False)):
+        first, *_ = (row for row in offline_table.findings(parts, judged, seeds) if "replay: seeds without" in row.what)
+        assert reason in first.what
+        assert first.measured.value == 1
+        assert first.holds is held
+    assert isinstance(offline_table.draw(parts, seeds), Figure)
+
+
+def test_a_run_that_was_stopped_is_shown_and_goes_on(small, monkeypatch, tmp_path):
+    """Killed in the second grade: the first is whole and judged, the rest "not played yet", and no cell is touched."""
+    part = replace(offline_table.PARTS["Reacher"], grades=("random", "medium"), updates={"BC": 5, "MOPO": 5})
+    parts = {"Reacher": part}
+    monkeypatch.setattr(offline_table, "PARTS", parts)
+    claim = offline_table.claim_of(
+        "offline_table", parts, offline_table.measure, ("Reacher medium", "Reacher random"), "", ""
+    )
+    out, home = tmp_path / "out", tmp_path / "out" / "offline_table" / "seed-0"
+    learn = MOPO.learn
+    killed = {"medium": 0}
+
+    def once(self: MOPO, *args: object, **kwargs: object) -> MOPO:
+        killed["medium"] += 1
+        if killed["medium"] > 1:
+            raise KeyboardInterrupt
+        return learn(self, *args, **kwargs)
+
+    monkeypatch.setattr(MOPO, "learn", once)
+    with pytest.raises(KeyboardInterrupt):
+        run_claim(claim, out, seeds=[0], progress=False)
+    medium = ["medium-data", "medium-model", "medium-bc", "medium-mopo"]
+    played = ["no-action", *medium, "random-data", "random-model", "random-bc"]
+    assert names(home) == [f"reacher-{cell}.json" for cell in played]
+    before = ages(home)
+    found = offline_table.show(claim, parts, out, seeds=[0])
+    assert ages(home) == before
+    judged = [finding.what for finding in found if finding.holds is not None]
+    assert judged == ["Reacher medium: score of the best model-based method, MOPO"]
+    result = json.loads((home.parent / "result.json").read_text())
+    random, medium = result["table"].splitlines()[2:]
+    assert "not played yet 1x" in random
+    assert "not played" not in medium
+    assert (home.parent / "result.png").exists()
+    monkeypatch.setattr(MOPO, "learn", learn)
+    whole = run_claim(claim, out, seeds=[0], resume=True, progress=False)
+    assert sum(finding.holds is not None for finding in whole) == 2
+    assert set(before.items()) < set(ages(home).items())
 
 
 def entry(light: float, cloned: float, behaviour: float) -> Json:
