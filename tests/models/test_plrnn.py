@@ -1,4 +1,4 @@
-"""Piecewise-linear RNNs: exact linear limits, bounded orbits, Jacobians, forcing, symbolic codes, chaos metrics."""
+"""Piecewise-linear RNNs: exact linear limits, bounded orbits, Jacobians, forcing, symbolic codes."""
 
 import gymnasium as gym
 import numpy as np
@@ -6,12 +6,6 @@ import pytest
 import torch
 
 from learneddyn.core import Transitions, generator
-from learneddyn.evaluation.chaos import (
-    lyapunov_spectrum,
-    spectral_distance,
-    state_space_divergence,
-    valid_prediction_time,
-)
 from learneddyn.evaluation.regions import fixed_points, symbolic_code
 from learneddyn.models import PLRNN
 from learneddyn.models.forcing import AdaptiveForcing, forced_loss, needed_forcing
@@ -146,48 +140,6 @@ def test_symbols_count_regions_and_their_moves(model):
         assert point.real == bool(((point.state[3:] > 0) == on).all())
     with pytest.raises(ValueError, match="almost-linear"):
         fixed_points(PLRNN(), code)
-
-
-def lorenz(state, dt=0.01):
-    def slope(s):
-        x, y, z = s.unbind(-1)
-        return torch.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z], dim=-1)
-
-    one = slope(state)
-    two = slope(state + dt / 2 * one)
-    three = slope(state + dt / 2 * two)
-    return state + dt / 6 * (one + 2 * two + 2 * three + slope(state + dt * three))
-
-
-def test_the_lyapunov_spectrum_of_a_linear_map_is_its_log_singular_values():
-    matrix = torch.tensor([[1.2, 0.0], [0.3, 0.5]], dtype=torch.float64)
-    found = lyapunov_spectrum(lambda s: matrix @ s, torch.zeros(2, dtype=torch.float64), 400, dt=0.5, transient=1)
-    expected = torch.linalg.eigvals(matrix).abs().log().sort(descending=True).values / 0.5
-    assert torch.allclose(found, expected, atol=0.02)
-
-
-def test_metrics_of_attractors():
-    state, orbit = torch.tensor([1.0, 1.0, 20.0], dtype=torch.float64), []
-    for _ in range(6000):
-        state = lorenz(state)
-        orbit.append(state)
-    states = torch.stack(orbit)[1000:].numpy()
-    halves = states[:2500], states[2500:]
-    assert state_space_divergence(states, states) == pytest.approx(0.0, abs=1e-9)
-    assert spectral_distance(states, states) == pytest.approx(0.0, abs=1e-6)
-    still = np.repeat(states[:1], 2500, axis=0)
-    noise = np.random.default_rng(0).normal(size=(2500, 3))
-    assert state_space_divergence(halves[0], still) > 3 * state_space_divergence(*halves)
-    assert spectral_distance(halves[0], noise) > 2 * spectral_distance(*halves)
-    with pytest.raises(ValueError, match="at most 5 columns"):
-        state_space_divergence(np.zeros((5, 6)), np.zeros((5, 6)))
-
-
-def test_valid_prediction_time_counts_lyapunov_times_until_the_error_shows():
-    true = np.zeros((2, 10, 1))
-    predicted = true.copy()
-    predicted[0, 4:] = 1.0
-    assert valid_prediction_time(true, predicted, np.ones(1), 0.1, 2.0).tolist() == pytest.approx([0.8, 2.0])
 
 
 def test_bad_arguments():
