@@ -418,9 +418,9 @@ def _even(time: np.ndarray, episode: np.ndarray, order: np.ndarray, gaps: Gaps, 
         row = int(np.argmax(odd if usual > 0 else same))
         raise DataError(
             f"{source}: {int(odd.sum())} of {int(same.sum())} time steps differ by more than {_JITTER:.0%} from the "
-            f"median, {usual:g}, the first from row {order[row]} to {order[row + 1]} ({step[row]:g}). A model knows one "
-            "step size: resample the log, or split its episodes there with gaps='split'; files of different rates make "
-            "data sets of their own"
+            f"median, {usual:g}, the first from row {order[row]} to {order[row + 1]} ({step[row]:g}). A model knows "
+            "one step size: resample the log, or split its episodes there with gaps='split'; files of different rates "
+            "are data sets of their own"
         )
     return episode + np.concatenate([[0], np.cumsum(odd)])
 
