@@ -1,12 +1,9 @@
 """From run folders to the report: the final agents judged once more, on episodes that decided nothing."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from csv import DictReader
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from learneddyn import tasks
 from learneddyn.core import Json, Transitions, generator
@@ -28,6 +25,7 @@ from learneddyn.evaluation import (
 )
 from learneddyn.evaluation.render import side_by_side
 from learneddyn.runs.rounds import RoundsConfig, imagined_beside, read_rounds
+from learneddyn.runs.seeds import one_thread
 from learneddyn.world import World
 from learneddyn.world.draw import RenderError
 
@@ -38,18 +36,7 @@ _CLOUDS = (1, 2, 5, 10, 20)
 _RANDOM_STEPS = 2000
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep PyTorch to one thread: policies are asked for a few rows at a time, and other threads would only wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
+@one_thread()
 def report_runs(
     folder: Path,
     config: RoundsConfig,

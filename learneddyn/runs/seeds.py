@@ -7,8 +7,9 @@ matrices of reinforcement learning leave a second thread mostly waiting.
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.managers import SyncManager
 from queue import Empty
@@ -28,6 +29,17 @@ Events = Any
 
 def silent(what: str, share: float) -> None:
     """Say nothing."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep PyTorch to one thread: among few rows other threads would only wait, and count as time spent."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def for_each_seed(
