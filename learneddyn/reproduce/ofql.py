@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from learneddyn.core import Json, Transitions, generator
@@ -18,7 +19,7 @@ from learneddyn.offline.base import descend
 from learneddyn.offline.flow import FlowActor
 from learneddyn.offline.policy import Normaliser
 from learneddyn.runs.claims import Claim, Finding, panels
-from learneddyn.runs.seeds import Notify
+from learneddyn.runs.seeds import Notify, one_thread
 from learneddyn.spaces import Spaces
 
 RADIUS, WIDTH, NEAR = 1.5, 0.1, 0.35
@@ -29,6 +30,8 @@ EULER = (1, 2, 5, 10)
 """Steps of plain flow matching that are compared."""
 OBS, ACTION, DECISIONS, ROUNDS = 11, 3, 2500, 12
 """Columns of Hopper's observation and action, actions per timing, and timings."""
+TIMED = 4
+"""Updates per timing."""
 DENOISING = (5, 10, 20)
 """Steps of DQL that are compared; its source takes 5."""
 
@@ -90,6 +93,25 @@ def log_of(seed: int) -> Transitions:
     return Transitions(obs, action, action[:, 0], obs.roll(-1, 0), number < 0, number, Spaces(*box), "noise")
 
 
+class Clock(BaseCallback):
+    """Notes the CPU time after every update, so that what `learn` does before and after them is not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+
+    def _on_step(self) -> bool:
+        self.times.append(time.process_time())
+        return True
+
+
+def seconds_per_update(agent: GenerativeQL) -> float:
+    """Let an agent learn and return the CPU seconds of an update; the last one writes the log and does not count."""
+    clock = Clock()
+    agent.learn(TIMED + 2, callback=clock, reset_num_timesteps=False)
+    return (clock.times[TIMED] - clock.times[0]) / TIMED
+
+
 def speed(seed: int) -> Json:
     """Return CPU seconds of actors and of updates, all in turn in every round; the median of the rounds."""
     data = log_of(seed)
@@ -99,23 +121,21 @@ def speed(seed: int) -> Json:
     obs, rng = torch.randn(DECISIONS, OBS, generator=generator(seed)), generator(seed)
     spent: dict[str, dict[str, list[float]]] = {"decide": {}, "update": {}}
     for agent in agents.values():
-        agent.learn(2)
+        agent.learn(2)  # what is done once, at the first update
     for _ in range(ROUNDS):
         for name, agent in agents.items():
             begun = time.process_time()
             with torch.no_grad():
                 agent.policy.actor.sample(obs, rng)
-            decided = time.process_time()
-            agent.learn(2, reset_num_timesteps=False)
-            spent["decide"].setdefault(name, []).append(decided - begun)
-            spent["update"].setdefault(name, []).append((time.process_time() - decided) / 2)
+            spent["decide"].setdefault(name, []).append(time.process_time() - begun)
+            spent["update"].setdefault(name, []).append(seconds_per_update(agent))
     return {what: {name: float(np.median(times)) for name, times in by.items()} for what, by in spent.items()}
 
 
 def measure(seed: int, home: Path, notify: Notify) -> Json:
     """Measure quality and speed."""
-    figures = quality(seed, notify)
-    return figures | speed(seed)
+    with one_thread():
+        return quality(seed, notify) | speed(seed)
 
 
 def findings(figures: dict[int, Json]) -> list[Finding]:

@@ -1,5 +1,6 @@
 """Few trajectories carry actions, and poor ones at that: inverse dynamics label the rest for offline learning."""
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,19 @@ def measure(seed: int, home: Path, notify: Notify) -> Json:
     return figures
 
 
-def closed(figures: Json) -> float:
-    """Return the share of the gap between few and all labels that proxy labels close."""
-    few, proxy, everything = (figures[name] for name in NAMES)
-    return (proxy - few) / (everything - few)
+def pooled_share(seeds: Sequence[Json]) -> Estimate:
+    """Return the share of the gap between few and all labels that proxy labels close, over all seeds together.
+
+    It is the ratio of the two mean gains; seeds are resampled with both of theirs. A mean of the seeds' own ratios
+    would be ruled by the seed with the smallest gap.
+    """
+    few, proxy, everything = (np.array([seed[name] for seed in seeds]) for name in NAMES)
+
+    def ratio(rows: np.ndarray, axis: int) -> Any:
+        chosen = rows.astype(int)
+        return (proxy - few)[chosen].mean(axis) / (everything - few)[chosen].mean(axis)
+
+    return bootstrap_interval(np.arange(len(few)), ratio)
 
 
 def findings(figures: dict[int, Json]) -> list[Finding]:
@@ -139,10 +149,10 @@ def findings(figures: dict[int, Json]) -> list[Finding]:
             Finding(f"hidden velocity, {told}: R² without", without, "at most 0.2", without.high <= 0.2),
         ]  # fmt: skip
     gap = bootstrap_interval([seed["all labels"] - seed["labelled only"] for seed in seeds])
-    share = bootstrap_interval([closed(seed) for seed in seeds])
+    share = pooled_share(seeds)
     rows += [
         Finding("gain of all labels over the labelled trajectories alone", gap, "above 0", gap.low > 0),
-        Finding("share of that gain that proxy labels keep, mean", share, "at least 0.8", share.value >= 0.8),
+        Finding("share of that gain that proxy labels keep, pooled", share, "at least 0.8", share.low >= 0.8),
         Finding("R² of proxy labels", of("r2"), "reported", None),
     ]
     for name in NAMES:
@@ -186,6 +196,9 @@ CLAIM = Claim(
     f"{ENV}, a log of {STEPS} steps by {STAGES} checkpoints of one online run, labels in a tenth of the trajectories "
     f"from the half of lower return; IQL, 2 x 64, {UPDATES} updates; returns of {EPISODES} real episodes. The source "
     "learns on D4RL by TD3+BC, CQL and decision transformers, with larger networks.",
+    notes="The share is the ratio of mean gains over seeds, not the mean of ratios: where a log is poor, all labels "
+    "are hardly worth more than few, and their ratio says nothing. In a first run the gap of seed 0 was nearly zero, "
+    "134 beside 4473 and 3405; it judged the mean of the seeds' ratios, by its value alone.",
     measure=measure,
     findings=findings,
     draw=draw,

@@ -18,7 +18,7 @@ from learneddyn.offline.diffusion import NoiseSchedule
 from learneddyn.offline.proposer import RecurrentProposer
 from learneddyn.offline.temporal import TemporalUNet, TrajectoryDiffusion
 from learneddyn.runs.claims import Claim, Finding, panels
-from learneddyn.runs.seeds import Notify
+from learneddyn.runs.seeds import Notify, one_thread
 
 SIGNALS, LENGTH, NOISE = 500, 64, 0.1
 FREQUENCIES, COMMON = (5, 3), 0.8
@@ -119,9 +119,10 @@ def judged(proposer: RecurrentProposer, diffusion: TrajectoryDiffusion, rng: tor
 
 def measure(seed: int, home: Path, notify: Notify) -> Json:
     """Learn one set of signals, then judge and time what draws new ones."""
-    proposer, diffusion = learned(seed, notify)
-    notify("judging", 0.9)
-    return judged(proposer, diffusion, generator(3000 + seed))
+    with one_thread():
+        proposer, diffusion = learned(seed, notify)
+        notify("judging", 0.9)
+        return judged(proposer, diffusion, generator(3000 + seed))
 
 
 def findings(figures: dict[int, Json]) -> list[Finding]:

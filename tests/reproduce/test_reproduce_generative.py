@@ -39,6 +39,23 @@ def test_ofql_runs_in_small(monkeypatch, tmp_path):
     assert isinstance(ofql.draw({0: figures}), Figure)
 
 
+def test_what_learning_begins_and_ends_with_is_not_timed(monkeypatch):
+    """A second before the first update, a tenth for each, a minute of log within the last."""
+    clock = iter([])
+
+    class Agent(ofql.OFQL):
+        def __init__(self):
+            pass
+
+        def learn(self, total, callback, reset_num_timesteps):
+            nonlocal clock
+            clock = iter([1 + 0.1 * (update + 1) + 60 * (update + 1 == total) for update in range(total)])
+            assert all(callback._on_step() for _ in range(total))
+
+    monkeypatch.setattr(ofql.time, "process_time", lambda: next(clock))
+    assert ofql.seconds_per_update(Agent()) == pytest.approx(0.1)
+
+
 def test_sliced_distances():
     """A shift by d is a distance of d / sqrt(2): the mean square of its projections in the plane is d² / 2."""
     points = ofql.eight(500, generator(0))

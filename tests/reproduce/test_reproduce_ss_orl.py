@@ -62,10 +62,19 @@ def test_it_is_judged_on_every_seed():
     entry["log"] = {"trajectories": 100, "labelled trajectories": 10, "labelled rows": 200, "mean return": 600.0}
     entry |= dict(zip(ss_orl.NAMES, (300.0, 8000.0, 9000.0), strict=True))
     figures = {seed: copy.deepcopy(entry) for seed in range(3)}
-    assert ss_orl.closed(entry) == pytest.approx(7700 / 8700)
+    assert ss_orl.pooled_share(list(figures.values())) == pytest.approx((7700 / 8700,) * 3)
     assert judged(ss_orl.findings(figures)) == [True] * 6
     figures[0]["proxy labels"], figures[1]["hidden velocity"]["in, 1"] = 2000.0, 0.5
     assert judged(ss_orl.findings(figures)) == [False, True, True, True, True, False]
-    figures[2]["all labels"] = 200.0
+    figures[2]["all labels"] = 200.0  # fewer earn more in this seed
     figures[2]["hidden velocity"]["out, 0"] = 0.6
     assert judged(ss_orl.findings(figures)) == [False, True, True, False, False, False]
+
+
+def test_a_seed_with_nothing_to_gain_hardly_counts():
+    """Gains of proxy and of all labels: 300 of 100, 3000 of 4000, 3600 of 4000; the interval is that of the ratio."""
+    gains = ((300.0, 100.0), (3000.0, 4000.0), (3600.0, 4000.0))
+    seeds = [dict(zip(ss_orl.NAMES, (500.0, 500.0 + proxy, 500.0 + full), strict=True)) for proxy, full in gains]
+    share = ss_orl.pooled_share(seeds)
+    assert share.value == pytest.approx(6900 / 8100)
+    assert 0.75 <= share.low < share.value < share.high <= 3.0
