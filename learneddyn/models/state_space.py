@@ -128,6 +128,10 @@ class AbstractStateSpace(nn.Module, ABC):
         """Draw the parameters."""
 
     @abstractmethod
+    def poles(self) -> list[nn.Parameter]:
+        """Return the parameters that place the eigenvalues: they ask for small learning rates, and no weight decay."""
+
+    @abstractmethod
     def kernel(self, length: int) -> Float[Tensor, "h t"]:
         """Return every channel's response to an impulse at the first step, the direct share ``skip`` left out."""
 
@@ -232,6 +236,10 @@ class DiagonalStateSpace(AbstractStateSpace):
             return eigenvalues[eigenvalues.imag > 0]
         return torch.complex(-(n + 1), torch.zeros_like(n))
 
+    def poles(self) -> list[nn.Parameter]:
+        """Return A's parameters and the time steps."""
+        return [self.log_dt, self.log_decay, self.frequency]
+
     def eigenvalues(self) -> Complex[Tensor, "h p"]:
         """Return the eigenvalues of A."""
         return torch.complex(-self.log_decay.exp(), self.frequency)
@@ -290,6 +298,10 @@ class CompanionStateSpace(AbstractStateSpace):
             parameter.copy_(scale * torch.randn(parameter.shape, generator=rng, device=rng.device))
         self.entry[:, 0] += 1
         self.skip.copy_(torch.randn(self.channels, generator=rng, device=rng.device))
+
+    def poles(self) -> list[nn.Parameter]:
+        """Return the learned column."""
+        return [self.column]
 
     def _stable_column(self) -> Float[Tensor, "h n"]:
         return self.column / self.column.abs().sum(dim=1, keepdim=True).clamp_min(1.0)

@@ -1,0 +1,153 @@
+"""Recurrent dynamics: windows equal steps, the observation given is used, memory helps where observations lack."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from learneddyn.core import Task, Transitions, generator
+from learneddyn.models import AbstractDynamics, RecurrentDynamics
+from learneddyn.models.recurrent import CELLS, _Sequences
+from learneddyn.spaces import Spaces
+from learneddyn.testing import check_dynamics, example_transitions
+from learneddyn.world import World
+
+QUICK = {"updates": 6, "window": 8, "width": 8, "order": 4}
+HEADS = {"learn_reward": True, "learn_termination": True}
+
+
+def oscillator(episodes=200, length=25):
+    """Positions alone of x'' = -x + u, 0.3 s a step: the next position needs the velocity."""
+    rng = generator(0)
+    turn = torch.tensor(0.3)
+    matrix = torch.stack([torch.stack([turn.cos(), turn.sin()]), torch.stack([-turn.sin(), turn.cos()])])
+    state, columns = torch.randn(episodes, 2, generator=rng), ([], [], [])
+    for _ in range(length):
+        push = torch.randn(episodes, 1, generator=rng)
+        then = state @ matrix.T + 0.3 * push * torch.tensor([0.0, 1.0])
+        for column, value in zip(columns, (state[:, :1], push, then[:, :1]), strict=True):
+            column.append(value)
+        state = then
+    obs, action, after = (torch.stack(column, dim=1).flatten(0, 1) for column in columns)
+    box = gym.spaces.Box
+    spaces = Spaces(*(box(-np.inf, np.inf, (1,), np.float32) for _ in range(2)))
+    rows = episodes * length
+    episode = torch.arange(episodes).repeat_interleave(length)
+    return Transitions(obs, action, after[:, 0], after, torch.zeros(rows).bool(), episode, spaces, "positions")
+
+
+@pytest.fixture(scope="module", params=CELLS)
+def model(request):
+    built = RecurrentDynamics(request.param, layers=2, **QUICK, **HEADS)
+    built.fit(example_transitions(), rng=generator(0))
+    return built
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_contract(cell):
+    check_dynamics(lambda: RecurrentDynamics(cell, **QUICK, **HEADS))
+
+
+def test_a_window_at_once_is_its_steps(model):
+    data = example_transitions()[:12]
+    x = model._inputs(data.obs, data.action).view(1, 12, -1)
+    whole, memory = model.core(x)[0], model.begin(data.obs[:1])
+    for row, now in enumerate(x[0]):
+        hidden, memory = model.core.step(now[None], memory)
+        assert torch.allclose(hidden[0], whole[row], atol=1e-5)
+
+
+def test_the_observation_given_is_used_whatever_is_remembered(model):
+    data = example_transitions()[:5]
+    memory = model.predict(data.obs, data.action).memory
+    here, there = (model.predict(obs, data.action, memory).mean for obs in (data.obs, data.obs + 0.5))
+    assert not torch.allclose(here + 0.5, there, atol=1e-4)
+
+
+def test_logged_rows_get_the_memory_of_their_episode(model):
+    data = example_transitions()[:30]
+    memory = model.remembered(data)
+    now = model.begin(data.obs[:1])
+    position = data.positions()
+    for row in range(len(data)):
+        now = model.begin(data.obs[:1]) if position[row] == 0 else now
+        assert torch.allclose(memory[row], now[0], atol=1e-6)
+        now = model.predict(data.obs[row : row + 1], data.action[row : row + 1], now).memory
+
+
+def test_a_world_carries_the_memory(model):
+    data = example_transitions()[:6]
+    world = World(model, Task("X-v0"), sampler="mean")
+    rows = world.rollout(data.obs, lambda obs: obs[:, :2].tanh(), 5, generator(0))
+    first = rows[rows.episode == 0]
+    one = model.predict(first.obs[:1], first.action[:1])
+    two = model.predict(first.obs[1:2], first.action[1:2], one.memory)
+    assert torch.allclose(first.next_obs[1], two.mean[0, 0], atol=1e-5)
+
+
+@pytest.fixture(scope="module", params=CELLS)
+def trained(request):
+    """A model of positions alone, and its log."""
+    data = oscillator()
+    model = RecurrentDynamics(request.param, updates=150, width=16, order=8, window=25, learning_rate=1e-2)
+    model.fit(data, rng=generator(0))
+    return model, data
+
+
+def test_memory_makes_up_for_hidden_velocities(trained):
+    model, data = trained
+    test = data[-200:]
+    late = test.positions() >= 5
+    errors = []
+    for memory in (model.remembered(test), None):
+        said = model.predict(test.obs, test.action, memory).mean[0].detach()
+        errors.append(float((said - test.next_obs).square()[late].mean()))
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_episodes_begin_uncertain(trained):
+    model, data = trained
+    std = model.predict(data.obs, data.action, model.remembered(data)).std[0, :, 0].detach()
+    assert std[data.positions() == 0].mean() > 1.5 * std[data.positions() >= 5].mean()
+
+
+def test_a_second_fit_goes_on(model):
+    copy = RecurrentDynamics(**model.config())
+    data = example_transitions()
+    copy.fit(data, rng=generator(0))
+    first = {name: parameter.detach().clone() for name, parameter in copy.named_parameters()}
+    copy.fit(data, rng=generator(1))
+    moved = [float((p.detach() - first[name]).abs().max()) for name, p in copy.named_parameters()]
+    assert 0 < max(moved) < 0.2, "steps of at most the learning rate from where the first fit ended"
+
+
+def test_windows_stay_in_their_episode_and_cover_short_ones():
+    data = example_transitions()
+    sequences = _Sequences(data)
+    row = torch.arange(len(data))
+    index, inside = sequences.windows(row, 8)
+    assert (data.episode[index] == data.episode[row][:, None]).all()
+    assert ((index == row[:, None]) & inside).any(dim=1).all(), "every row is in its window"
+    length = torch.bincount(data.episode)[data.episode]
+    assert torch.equal(inside.sum(dim=1), length.clamp_max(8))
+    index, inside = sequences.tiles(8)
+    assert torch.equal(index[inside].sort().values, row), "tiles hold every row once"
+
+
+def test_files(model, tmp_path):
+    model.save(tmp_path / "model")
+    loaded = AbstractDynamics.load(tmp_path / "model")
+    data = example_transitions()[:4]
+    memory = model.remembered(data)
+    assert torch.equal(
+        model.predict(data.obs, data.action, memory).mean, loaded.predict(data.obs, data.action, memory).mean
+    )
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="cell must be one of"):
+        RecurrentDynamics("lstm")
+    with pytest.raises(ValueError, match="order must be even"):
+        RecurrentDynamics(order=3)
+    with pytest.raises(ValueError, match="holdout_ratio must be between 0 and 1"):
+        RecurrentDynamics(holdout_ratio=1.0)
