@@ -12,11 +12,13 @@ from learneddyn.data.minari import (
     save,
     without_actions,
 )
+from learneddyn.data.partial import HideColumns, velocity_columns, without_columns
 
 __all__ = [
     "DatasetExists",
     "DatasetNotFound",
     "GradeNotReached",
+    "HideColumns",
     "algorithm_class",
     "collect",
     "collect_grade",
@@ -29,5 +31,7 @@ __all__ = [
     "load_agent",
     "read_provenance",
     "save",
+    "velocity_columns",
     "without_actions",
+    "without_columns",
 ]
