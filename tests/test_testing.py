@@ -1,5 +1,7 @@
 """A contract that nothing can break says nothing: each check meets objects that break it in one way."""
 
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -50,14 +52,14 @@ class Line(AbstractDynamics):
         )
 
     def sample(self, obs, action, member, rng, memory=None, *, noise=True):
-        prediction = self.predict(obs, action)
+        prediction = self.predict(obs, action, memory)
         lane = torch.arange(len(obs))
         mean, reward = prediction.mean[member, lane], prediction.reward_mean[member, lane]
         if not noise:
-            return Outcome(mean, reward, torch.zeros(len(obs), dtype=torch.bool))
+            return Outcome(mean, reward, torch.zeros(len(obs), dtype=torch.bool), prediction.memory)
         mean = mean + 0.1 * torch.randn(mean.shape, generator=rng)
         reward = reward + 0.1 * torch.randn(reward.shape, generator=rng)
-        return Outcome(mean, reward, torch.rand(len(obs), generator=rng) < 0.3)
+        return Outcome(mean, reward, torch.rand(len(obs), generator=rng) < 0.3, prediction.memory)
 
     def _inputs(self, obs, action):
         return torch.cat([obs, action, torch.ones(len(obs), 1)], dim=1)
@@ -70,6 +72,7 @@ class Line(AbstractDynamics):
 def test_a_good_model_passes():
     check_dynamics(Line)
     check_dynamics(lambda: Line(ridge=0.1))
+    check_dynamics(Echo)
     ready = Line()
     ready.fit(example_transitions(), rng=generator(0))
     check_dynamics(ready)
@@ -279,7 +282,144 @@ class Mute(Changed):
         return prediction._replace(mean=None)
 
 
+class Standardised(Line):
+    """Answer in standard deviations of the data, and forget to multiply by them."""
+
+    def fit(self, data, *, rng, progress=False):
+        data.check()
+        shift, scale = data.obs.mean(dim=0), data.obs.std(dim=0, correction=0)
+        scaled = replace(data, next_obs=(data.next_obs - shift) / scale)
+        return super().fit(scaled, rng=rng)
+
+
+class Changes(Line):
+    """Learn the change of the observation, and forget to add it."""
+
+    def fit(self, data, *, rng, progress=False):
+        return super().fit(replace(data, next_obs=data.next_obs - data.obs), rng=rng)
+
+
+class Certain(Changed):
+    def changed(self, prediction, obs):
+        return prediction._replace(std=0 * prediction.std)
+
+
+class Wasteful(Changed):
+    """Draw from the global generator, though nothing comes of it."""
+
+    def changed(self, prediction, obs):
+        torch.rand(1)
+        return prediction
+
+
+class NumpyDraws(Line):
+    def fit(self, data, *, rng, progress=False):
+        np.random.rand()  # noqa: NPY002
+        return super().fit(data, rng=rng)
+
+
+class Elsewhere(Changed):
+    def changed(self, prediction, obs):
+        return prediction._replace(mean=prediction.mean.to("meta"))
+
+
+class DriftingType(Sampled):
+    def drawn(self, outcome, obs, member, rng, noise):
+        return outcome._replace(next_obs=outcome.next_obs.double())
+
+
+class LooseTensor(Line):
+    def fit(self, data, *, rng, progress=False):
+        self.shift = data.obs.mean(dim=0)
+        return super().fit(data, rng=rng)
+
+
+class Echo(Line):
+    """A line that leans towards a running mean of what it has seen, which is its memory."""
+
+    def begin(self, obs):
+        return obs.clone()
+
+    def predict(self, obs, action, memory=None):
+        memory = self.begin(obs) if memory is None else memory
+        plain = super().predict(obs, action)
+        return plain._replace(mean=plain.mean + 0.1 * (memory - obs), memory=0.5 * (memory + obs))
+
+
+class ForgetsPast(Echo):
+    def predict(self, obs, action, memory=None):
+        return super().predict(obs, action)
+
+
+class Blind(Echo):
+    def predict(self, obs, action, memory=None):
+        return super().predict(obs if memory is None else memory, action, memory)
+
+
+class NoStart(Echo):
+    def begin(self, obs):
+        return None
+
+    def predict(self, obs, action, memory=None):
+        return super().predict(obs, action, obs if memory is None else memory)
+
+
+class OtherStart(Echo):
+    def begin(self, obs):
+        return torch.zeros_like(obs)
+
+    def predict(self, obs, action, memory=None):
+        return super().predict(obs, action, obs if memory is None else memory)
+
+
+class SampleForgets(Echo):
+    def sample(self, obs, action, member, rng, memory=None, *, noise=True):
+        return super().sample(obs, action, member, rng, memory, noise=noise)._replace(memory=None)
+
+
+class SampleRemembersElse(Echo):
+    def sample(self, obs, action, member, rng, memory=None, *, noise=True):
+        return super().sample(obs, action, member, rng, memory, noise=noise)._replace(memory=obs + 1)
+
+
+class SharesMemory(Echo):
+    def predict(self, obs, action, memory=None):
+        prediction = super().predict(obs, action, memory)
+        return prediction._replace(memory=prediction.memory + prediction.memory.mean(dim=0))
+
+
+class WideMemory(Echo):
+    def predict(self, obs, action, memory=None):
+        prediction = super().predict(obs, action, memory)
+        return prediction._replace(memory=prediction.memory.double())
+
+
+class WritesMemory(Echo):
+    def predict(self, obs, action, memory=None):
+        prediction = super().predict(obs, action, memory)
+        if memory is not None:
+            memory.copy_(prediction.memory)
+        return prediction
+
+
 BROKEN = {
+    Standardised: "Prediction.mean is the next observation, in the units of the data",
+    Changes: "Prediction.mean is the next observation, in the units of the data",
+    Certain: "Prediction.std of a learned model is above 0",
+    Wasteful: "predict and sample draw from their rng only",
+    NumpyDraws: "fit draws from its rng only",
+    Elsewhere: "Prediction.mean is on the device",
+    DriftingType: "Outcome.next_obs has the dtype",
+    LooseTensor: "every tensor is a parameter or a buffer.*'shift'",
+    ForgetsPast: "what is remembered counts",
+    Blind: "what is seen counts beside a memory",
+    NoStart: "begin returns the memory of a start",
+    OtherStart: "no memory is the memory of a start",
+    SampleForgets: "sample without noise remembers what predict does",
+    SampleRemembersElse: "sample without noise remembers what predict does",
+    SharesMemory: "a memory belongs to its row",
+    WideMemory: "Prediction.memory has the dtype",
+    WritesMemory: "predict leaves the memory it is given alone",
     TensorArgument: "config\\(\\) holds JSON values",
     ForgetsArgument: "config\\(\\) rebuilds the model",
     AnswersUnfitted: "predict of an unfitted model is a ValueError",

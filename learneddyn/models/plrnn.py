@@ -143,9 +143,9 @@ class PLRNN(AbstractRegression):
                     _uniform(self.threshold, self.hidden**-0.5, rng)
             _uniform(self.start, self.start.shape[1] ** -0.5, rng)
 
-    def begin(self, obs: Float[Tensor, "b d"]) -> Float[Tensor, "b m"]:
-        """Return the memory of an episode that starts at ``obs``."""
-        return self.embed((obs - self.obs_mean) / self.obs_std)
+    def begin(self, obs: Float[Tensor, "b d"]) -> Float[Tensor, "b m"] | None:
+        """Return the memory of an episode that starts at ``obs``; None where there are no hidden units."""
+        return self.embed((obs - self.obs_mean) / self.obs_std) if len(self.start) else None
 
     def embed(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b m"]:
         """Return the latent state of an episode that starts at a standardised observation."""
@@ -178,13 +178,14 @@ class PLRNN(AbstractRegression):
         return torch.cat([on, z @ self.inner.T > 0], dim=1) if self.kind == "clipped" else on
 
     def _every(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Tensor | None) -> Answer:
-        z = self.begin(obs) if memory is None else self.force(memory, (obs - self.obs_mean) / self.obs_std, 1.0)
+        x = (obs - self.obs_mean) / self.obs_std
+        z = self.embed(x) if memory is None else self.force(memory, x, 1.0)
         u = (action - self.action_mean) / self.action_std
         after = self.advance(z, u)
         scale, shift = self.obs_std, self.obs_mean
         if self.learn_reward:
             scale, shift = torch.cat([scale, self.reward_std]), torch.cat([shift, self.reward_mean])
-        return Answer((self.observe(after) * scale + shift)[None], after)
+        return Answer((self.observe(after) * scale + shift)[None], after if len(self.start) else None)
 
     def _held_out(self, rows: int, count: int, rng: torch.Generator) -> Tensor:
         """Return the last rows: neighbours of a held-out row in time would give it away."""

@@ -5,6 +5,7 @@ from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch
 from gymnasium.vector.utils import concatenate, create_empty_array
 from torch import Tensor
@@ -49,6 +50,15 @@ class Contracts:
         """Check the form of a tensor of truths."""
         right = value.dtype == torch.bool and value.shape == (lanes,)
         self.holds(right, f"{name} is bool [b]", f"{value.dtype} {tuple(value.shape)}")
+
+
+def global_draws() -> tuple[object, ...]:
+    """Return the states of the generators that belong to nobody, PyTorch's and NumPy's.
+
+    Python's own is left out: beartype draws from it at every call that it checks.
+    """
+    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
+    return torch.get_rng_state().tolist(), state["state"]["key"].tolist(), state["state"]["pos"]
 
 
 def equal(one: tuple[Any, ...], two: tuple[Any, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""Contracts of a dynamics model: fitting, answers, samples, gradients, files."""
+"""Contracts of a dynamics model: fitting, answers, samples, memory, gradients, files."""
 
 import json
 import tempfile
@@ -16,7 +16,7 @@ from torch import Tensor
 from learneddyn.core import DataError, Dynamics, Outcome, Prediction, Transitions, generator
 from learneddyn.models.base import AbstractDynamics, FitReport, ModelFileError
 from learneddyn.spaces import Spaces
-from learneddyn.testing.contract import ContractError, Contracts, close, equal, random_rows
+from learneddyn.testing.contract import ContractError, Contracts, close, equal, global_draws, random_rows
 
 DRAWS = 2000
 """Samples per member that are compared with the predicted mean and standard deviation."""
@@ -57,17 +57,18 @@ def check_dynamics(model: Dynamics | Callable[[], Dynamics], data: Transitions |
     Args:
         model: a class or function that makes an unfitted `AbstractDynamics` (every contract is checked), or a model
             that is ready to use (only what concerns its answers, and its files if it is an AbstractDynamics).
-        data: at least two rows to fit on and to ask about; `example_transitions` by default. A ready model without
-            ``data`` is asked about random elements of its own spaces.
+        data: at least two rows to fit on and to ask about; by default `example_transitions` in units of their own. A
+            ready model without ``data`` is asked about random elements of its own spaces.
 
     Raises:
         ContractError: a contract is broken.
     """
     if isinstance(model, type) or not isinstance(model, Dynamics):
-        log = example_transitions() if data is None else data
+        log = _in_units(example_transitions()) if data is None else data
         obs, action = log.obs[:12].clone(), log.action[:12].clone()
         fitted = _check_fit(model, log)
         _check_answers(fitted, obs, action)
+        _check_units(fitted, log)
         _check_gradient(fitted, obs, action)
         _check_files(fitted, obs, action)
         _check_later_fits(fitted, log)
@@ -89,10 +90,9 @@ def _check_fit(make: Callable[[], Any], data: Transitions) -> AbstractDynamics:
     contracts.holds(isinstance(model, AbstractDynamics), "a model with a fit is an AbstractDynamics", type(model))
     _check_unfitted(model, data, contracts)
     _check_bad_data(make, data, contracts)
-    before, columns = torch.get_rng_state(), tuple(column.clone() for column in data.tensors().values())
+    before, columns = global_draws(), tuple(column.clone() for column in data.tensors().values())
     report = model.fit(data, rng=generator(0))
-    still = torch.equal(before, torch.get_rng_state())
-    contracts.holds(still, "fit draws from its rng only", "torch's global random state moved")
+    contracts.holds(before == global_draws(), "fit draws from its rng only", "a global random state moved")
     contracts.holds(equal(columns, tuple(data.tensors().values())), "fit leaves its data alone", "changed columns")
     contracts.holds(isinstance(report, FitReport), "fit returns a FitReport", report)
     contracts.holds(model.spaces == data.spaces, "fit takes the spaces of the data", model.spaces)
@@ -152,8 +152,26 @@ def _check_later_fits(model: AbstractDynamics, data: Transitions) -> None:
     contracts.holds(kept, "a refused second fit leaves the model as it was", "other predictions")
 
 
+@torch.no_grad()
+def _check_units(model: AbstractDynamics, data: Transitions) -> None:
+    """Compare the predictions with the log: answers that are standardised, or changes, miss it by far."""
+    contracts, truth = Contracts(type(model).__name__), data.next_obs.double()
+    error = (model.predict(data.obs, data.action).mean.double() - truth).square().mean(dim=(0, 1)).sqrt()
+    scale = truth.std(dim=0, correction=0)
+    far = error > 2 * scale + 1e-3 * truth.abs().amax(dim=0)
+    seen = f"error {error.tolist()} per column, where the log's standard deviation is {scale.tolist()}"
+    contracts.holds(~far.any(), "Prediction.mean is the next observation, in the units of the data", seen)
+
+
+def _in_units(data: Transitions) -> Transitions:
+    """Return the log in units in which no column has mean 0 and deviation 1, but for the one that is the reward."""
+    scale, shift = data.obs.new_tensor([1.0, 5.0, 0.2]), data.obs.new_tensor([0.0, 20.0, -3.0])
+    return replace(data, obs=shift + scale * data.obs, next_obs=shift + scale * data.next_obs)
+
+
 def _check_answers(model: Dynamics, obs: Tensor, action: Tensor) -> None:
     contracts, members = Contracts(type(model).__name__), set(range(model.num_members))
+    draws = global_draws()
     elites = model.elites.tolist()
     distinct = bool(elites) and len(set(elites)) == len(elites) and set(elites) <= members
     contracts.holds(distinct, f"elites are distinct members, 0 to {model.num_members - 1}", elites)
@@ -164,9 +182,13 @@ def _check_answers(model: Dynamics, obs: Tensor, action: Tensor) -> None:
         _check_prediction(model, prediction, obs, contracts)
         contracts.holds(equal(prediction, model.predict(obs, action)), "predict is deterministic", "two answers")
         _check_rows(model, prediction, obs, action, contracts)
+        if isinstance(model, AbstractDynamics):
+            _check_memory(model, obs, action, contracts)
         _check_sample(model, prediction, obs, action, contracts)
         _check_statistics(model, obs[:1], action[:1], contracts)
     contracts.holds(equal(kept, (obs, action)), "sample leaves its inputs alone", "changed inputs")
+    moved = "a global random state moved"
+    contracts.holds(draws == global_draws(), "predict and sample draw from their rng only", moved)
 
 
 def _check_prediction(model: Dynamics, prediction: Prediction, obs: Tensor, contracts: Contracts) -> None:
@@ -179,6 +201,8 @@ def _check_prediction(model: Dynamics, prediction: Prediction, obs: Tensor, cont
         contracts.column(f"Prediction.{name}", value, shape, obs)
         if name in ("std", "reward_std"):
             contracts.holds((value >= 0).all(), f"Prediction.{name} is not negative", value)
+        if name == "std" and isinstance(model, AbstractDynamics):
+            contracts.holds((value > 0).all(), "Prediction.std of a learned model is above 0", value)
         if name == "terminated":
             contracts.holds(((value >= 0) & (value <= 1)).all(), "Prediction.terminated is a probability", value)
     contracts.holds(
@@ -220,13 +244,52 @@ def _check_sample(model: Dynamics, prediction: Prediction, obs: Tensor, action: 
         _check_outcome(onward, prediction, obs, contracts)
 
 
+def _check_memory(model: AbstractDynamics, obs: Tensor, action: Tensor, contracts: Contracts) -> None:
+    """Check that a memory belongs to its lane, and that it and the observation each count for something."""
+    first, begun = model.predict(obs, action), model.begin(obs)
+    if first.memory is None:
+        contracts.holds(begun is None, "begin is None where predict returns no memory", "a memory")
+        return
+    memory = first.memory
+    contracts.holds(begun is not None, "begin returns the memory of a start where predict returns one", begun)
+    assert begun is not None
+    for name, value in (("begin", begun), ("Prediction.memory", memory)):
+        contracts.column(name, value, (len(obs), begun.shape[1]), obs)
+    start = "no memory is the memory of a start"
+    contracts.holds(close(model.predict(obs, action, begun).mean, first.mean), start, "another Prediction.mean")
+    member = torch.zeros(len(obs), dtype=torch.long, device=obs.device)
+    drawn = model.sample(obs, action, member, generator(0, obs.device), noise=False).memory
+    kept = drawn is not None and close(drawn, memory)
+    contracts.holds(kept, "sample without noise remembers what predict does", drawn)
+    own, before = first.mean[0], memory.clone()
+    onward = model.predict(own, action, memory)
+    contracts.holds(torch.equal(before, memory), "predict leaves the memory it is given alone", "a changed memory")
+    order = torch.arange(len(obs), device=obs.device).flip(0)
+    for contract, rows in (("permuted rows permute memories", order), ("a memory belongs to its row", order[:1])):
+        part = model.predict(own[rows], action[rows], memory[rows])
+        same = close(onward.mean[:, rows], part.mean)
+        if onward.memory is not None and part.memory is not None:
+            same = same and close(onward.memory[rows], part.memory)
+        contracts.holds(same, contract, "another answer beside other rows")
+    other = model.predict(own, action, memory[order]).mean
+    contracts.holds(not torch.equal(other, onward.mean), "what is remembered counts", "one answer for two memories")
+    other = model.predict(own[order], action, memory).mean
+    contracts.holds(
+        not torch.equal(other, onward.mean), "what is seen counts beside a memory", "one answer for two observations"
+    )
+
+
 def _check_outcome(outcome: Outcome, prediction: Prediction, obs: Tensor, contracts: Contracts) -> None:
     contracts.column("Outcome.next_obs", outcome.next_obs, tuple(obs.shape), obs)
     if outcome.reward is not None:
         contracts.column("Outcome.reward", outcome.reward, (len(obs),), obs)
     if outcome.terminated is not None:
         contracts.flags("Outcome.terminated", outcome.terminated, len(obs))
-    for name, head in (("reward", prediction.reward_mean), ("terminated", prediction.terminated)):
+    for name, head in (
+        ("reward", prediction.reward_mean),
+        ("terminated", prediction.terminated),
+        ("memory", prediction.memory),
+    ):
         both = (getattr(outcome, name) is None) == (head is None)
         contracts.holds(both, "predict and sample have the same heads", f"only one of them answers '{name}'")
 
@@ -266,6 +329,9 @@ def _check_gradient(model: AbstractDynamics, obs: Tensor, action: Tensor) -> Non
 
 def _check_files(model: AbstractDynamics, obs: Tensor, action: Tensor) -> None:
     contracts = Contracts(type(model).__name__)
+    registered = "every tensor is a parameter or a buffer, which move to devices and into files"
+    loose = [name for module in model.modules() for name, value in vars(module).items() if isinstance(value, Tensor)]
+    contracts.holds(not loose, registered, f"plain attributes {loose}")
     member = torch.arange(len(obs), device=obs.device) % model.num_members
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         target = Path(folder) / "model"
