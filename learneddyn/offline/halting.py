@@ -13,10 +13,12 @@ class Halting:
 
     Args:
         trust: that decides.
+        rule: what it judges by, for the record.
+        threshold: the value of it from which on a step is refused, in its units.
     """
 
-    def __init__(self, trust: Trust) -> None:
-        self.trust = trust
+    def __init__(self, trust: Trust, *, rule: str, threshold: float) -> None:
+        self.trust, self.rule, self.threshold = trust, rule, threshold
         self._counts: Tensor | None = None  # of trusted and of all steps
 
     def __call__(self, state: State, action: Float[Tensor, "b a"], after: State) -> Bool[Tensor, " b"]:

@@ -7,6 +7,10 @@ environment's units, `save_imagined` writes it, and `learneddyn.data.read_proven
     model           class, and the SHA-256 of its weights (the one in the ``model.json`` of a saved model)
     source          the log that rollouts began in
     sampler         what chose the next states
+    filter          of a dynamics reward (MOREC): its class and the SHA-256 of its weights, temperature, draws per elite
+                    and the limit of candidates; null without one
+    halt            what ended rollouts besides the task (MOREC, MOReL): the rule, its threshold, what asked for it, and
+                    the reward that such a step pays, "kept" for its own; null where nothing did
     horizon         most steps of a rollout; a rollout that is cut there is truncated, not terminated
     penalty, penalty_weight, penalty_rule       what has been subtracted from the rewards, in the log's units
     policy, updates, seed                       who acted: the learner's class, after how many updates at most
@@ -22,8 +26,12 @@ import torch
 import learneddyn
 from learneddyn.core import DataError, Json, Transitions
 from learneddyn.data.minari import save
+from learneddyn.evaluation.stats import plain
 from learneddyn.models import AbstractModel
+from learneddyn.offline.halting import Halting
 from learneddyn.offline.model_based import OfflineMBPO
+from learneddyn.offline.transition_filter import TransitionFilter
+from learneddyn.world import World
 
 
 def imagined_log(agent: OfflineMBPO) -> Transitions:
@@ -60,11 +68,14 @@ def provenance(agent: OfflineMBPO) -> Json:
     model, world = agent.model, agent.world
     assert world is not None
     weights = {"sha256": model.digest()} if isinstance(model, AbstractModel) else {}
+    filtered = isinstance(world.sampler, TransitionFilter)
     return {
         "kind": "imagined",
         "model": {"class": _named(type(model))} | weights,
         "source": agent.rows.source,
-        "sampler": agent.sampler if isinstance(agent.sampler, str) else _named(agent.sampler),
+        "sampler": agent.sampler if isinstance(agent.sampler, str) and not filtered else _named(world.sampler),
+        "filter": _filter_card(world),
+        "halt": _halt_card(agent, world),
         "horizon": agent.horizon,
         "penalty": agent.penalty if isinstance(agent.penalty, str) else _named(agent.penalty),
         "penalty_weight": world.penalty_weight,
@@ -102,6 +113,28 @@ def save_imagined(agent: OfflineMBPO, dataset_id: str, *, overwrite: bool = Fals
         provenance=card,
         overwrite=overwrite,
     )
+
+
+def _filter_card(world: World) -> Json | None:
+    choose = world.sampler
+    if not isinstance(choose, TransitionFilter):
+        return None
+    judge = choose.dynamics_reward
+    weights = {"sha256": judge.digest()} if isinstance(judge, AbstractModel) else {}
+    return {
+        "dynamics_reward": {"class": _named(judge)} | weights,
+        "temperature": plain(choose.temperature),
+        "draws": choose.draws,
+        "limit": plain(choose.limit),
+    }
+
+
+def _halt_card(agent: OfflineMBPO, world: World) -> Json | None:
+    if not isinstance(world.trust, Halting):
+        return None
+    filtered = isinstance(world.sampler, TransitionFilter)
+    asked = {"least_dynamics_reward": agent.least_dynamics_reward} if filtered else {"pessimism": agent.pessimism}
+    return {"rule": world.trust.rule, "threshold": world.trust.threshold, "reward": world.halt_reward} | asked
 
 
 def _named(part: Any) -> str:

@@ -218,11 +218,13 @@ class OfflineMBPO(OfflineSAC):
                 draws=self.filter_draws,
                 limit=self.filter_limit,
             )
-            halting["trust"] = Halting(sampler.above(self._least()))
+            least = self._least()
+            halting["trust"] = Halting(sampler.above(least), rule="dynamics reward below", threshold=least)
             halting["halt_reward"] = "kept"
         if self.pessimism:
             threshold = discrepancy(self.model, self.rows) / self.pessimism
-            halting["trust"] = Halting(penalty_below(self.model, PENALTIES["max_pairwise_diff"], threshold))
+            known = penalty_below(self.model, PENALTIES["max_pairwise_diff"], threshold)
+            halting["trust"] = Halting(known, rule="max_pairwise_diff above", threshold=threshold)
             halting["halt_reward"] = float(self.rows.reward.min()) + self.halt_offset
         return World(
             self.model,

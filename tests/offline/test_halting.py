@@ -15,7 +15,7 @@ def positive(state, action, after):
 
 
 def test_refused_steps_are_counted_until_they_are_told():
-    halting = Halting(positive)
+    halting = Halting(positive, rule="first column at most", threshold=0.0)
     assert halting.share() == 0.0
     for values in ([1.0, -1.0], [1.0, 1.0, -1.0, 2.0]):
         obs = torch.tensor(values)[:, None]
