@@ -4,6 +4,7 @@ from learneddyn.agents.buffer import DeviceReplayBuffer
 from learneddyn.agents.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from learneddyn.agents.coplanner import UPMPC, COPlanner
 from learneddyn.agents.dyna import Dyna
+from learneddyn.agents.him import HIMCallback, HIMExtractor, PrivilegedHistory
 from learneddyn.agents.iwocs import IWOCS, RobustPolicy
 from learneddyn.agents.lipschitz import AdversarialNoise, CriticRegulariser, GradientPenalty, SpectralCap
 from learneddyn.agents.mbpo import MBPO, DynaCrossQ, DynaTD3, DynaTQC
@@ -30,6 +31,9 @@ __all__ = [
     "DynaTQC",
     "FastSAC",
     "GradientPenalty",
+    "HIMCallback",
+    "HIMExtractor",
+    "PrivilegedHistory",
     "RobustPolicy",
     "SINDyRL",
     "SparsePolicy",

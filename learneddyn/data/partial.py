@@ -74,11 +74,13 @@ class HideColumns(gym.ObservationWrapper[Any, Any, Any], gym.utils.RecordConstru
         self.observation_space = _fewer(env.observation_space, columns)
         self.hidden = tuple(sorted(set(columns)))
         """The columns left out, in order."""
-        self._kept = _kept(env.observation_space, columns)
+        self.shown = tuple(_kept(env.observation_space, columns).tolist())
+        """The other columns, in order."""
+        self._index = list(self.shown)
 
     def observation(self, observation: NDArray[Any]) -> NDArray[Any]:
         """Return the columns that are shown."""
-        return observation[self._kept]
+        return observation[self._index]
 
 
 def without_columns(data: Transitions, columns: Sequence[int]) -> Transitions:
