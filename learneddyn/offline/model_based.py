@@ -42,6 +42,7 @@ from learneddyn.offline.dataset import Data, bounds
 from learneddyn.offline.dynamics_reward import DynamicsReward
 from learneddyn.offline.halting import Halting
 from learneddyn.offline.policy import OfflinePolicy, SquashedActor
+from learneddyn.offline.reach import edge_of_reach_share
 from learneddyn.offline.sac import DIVERSE_NETS, WIDE, OfflineSAC
 from learneddyn.offline.transition_filter import TransitionFilter, quantile_of, threshold_of
 from learneddyn.spaces import Spaces
@@ -53,6 +54,11 @@ MANY = 0.1
 
 class OfflineMBPO(OfflineSAC):
     """The loop above; `MOPO`, `MOReL`, `COMBO`, `MOBILE` and `RAVL` are its published settings.
+
+    The log holds, besides the losses: the penalty (``imagined/uncertainty``), the pessimism of the critics
+    (``train/spread``, mean minus least at next states), the share of targets at the edge of reach
+    (``imagined/edge_of_reach``), and where rollouts are halted the share of steps that are (``imagined/halted``); with
+    a filter also r^D of imagination and log.
 
     `save` keeps the model with the agent if it is an `AbstractDynamics` (else pass ``model=`` to `load`), but not the
     imagined rows: a loaded agent imagines anew when it goes on.
@@ -320,6 +326,7 @@ class OfflineMBPO(OfflineSAC):
         for name, value in self._halts().items():
             self.logger.record(name, value)
         self.logger.record("imagined/penalty_weight", self.world.penalty_weight)
+        self.logger.record("imagined/edge_of_reach", edge_of_reach_share(rows, self.rows))
         self.logger.record("imagined/length", len(rows) / self.rollout_batch)
         self.logger.record("imagined/reward", float(rows.reward.mean()))
         return rows
