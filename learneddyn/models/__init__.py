@@ -1,6 +1,7 @@
 """Learned dynamics: p(next_obs, reward, terminated | obs, action); and inverse dynamics, p(action | states)."""
 
 from learneddyn.models.base import AbstractDynamics, AbstractModel, FitReport, ModelFileError, blueprint, from_blueprint
+from learneddyn.models.component import ComponentLaw
 from learneddyn.models.continual import AbstractContinual
 from learneddyn.models.ensemble import ProbabilisticEnsemble
 from learneddyn.models.hybrid import Hybrid
@@ -22,6 +23,7 @@ __all__ = [
     "AbstractContinual",
     "AbstractDynamics",
     "AbstractModel",
+    "ComponentLaw",
     "FitReport",
     "Hybrid",
     "HyperCRL",

@@ -41,7 +41,8 @@ class Hybrid(AbstractRegression):
     from an ensemble Kalman filter. ``residual="neural"`` puts a small zero-initialised MLP in place of the terms.
 
     Args:
-        prior: dotted path of a function (obs [b o], action [b a], **prior_arguments) -> next obs [b o], in torch.
+        prior: dotted path of a function (obs [b o], action [b a], **prior_arguments) -> next obs [b o], in torch;
+            "learneddyn.world.prior.simulated" is MuJoCo's own simulator with other parameters.
         prior_arguments: its keyword arguments, JSON values.
         dt: seconds a step lasts; coefficients are per second.
         angles: observation columns in radians: their increments and middles are taken the short way round, so that a
@@ -97,7 +98,7 @@ class Hybrid(AbstractRegression):
         self.observation_noise, self.hidden = observation_noise, list(hidden)
         self.epochs, self.learning_rate = epochs, learning_rate
         self.learn_reward, self.holdout_ratio = learn_reward, holdout_ratio
-        self._prior = _function(prior)
+        self._prior = dotted("prior", prior)
 
     def _build_members(self, spaces: Spaces) -> None:
         o, a = spaces.obs_dim, spaces.action_dim
@@ -260,12 +261,18 @@ class Hybrid(AbstractRegression):
     output_scale: Tensor
 
 
-def _function(path: str) -> Callable[..., Tensor]:
+def dotted(argument: str, path: str) -> Callable[..., Tensor]:
+    """Return the function at a dotted path.
+
+    Raises:
+        ValueError: there is none (names the argument).
+    """
     module, _, name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        found: Callable[..., Tensor] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"prior must be the dotted path of a function, got {path!r} ({error})") from error
+        raise ValueError(f"{argument} must be the dotted path of a function, got {path!r} ({error})") from error
+    return found
 
 
 def _ard() -> Any:
