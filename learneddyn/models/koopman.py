@@ -51,7 +51,9 @@ class Koopman(AbstractRegression):
             an episode repeats its observation.
         angles: observation columns in radians.
         unit_pairs: pairs of observation columns (cosine, sine) that are brought back to the unit circle.
-        rcond: singular values below this share of the largest count as zero.
+        rcond: singular values below this share of the largest count as zero. Logs are rounded to float32, so that a
+            dictionary's redundancies (a cosine and a sine whose squares add up to 1) show up at about 1e-7; what is
+            fitted to them is noise, and free runs of a lifted vector diverge on it.
         hidden: width of the MLP's two hidden layers.
         epochs: of training a learned lift.
         learning_rate: of Adam for a learned lift.
@@ -74,7 +76,7 @@ class Koopman(AbstractRegression):
         delays: int = 1,
         angles: Sequence[int] = (),
         unit_pairs: Sequence[Sequence[int]] = (),
-        rcond: float = 1e-9,
+        rcond: float = 1e-6,
         hidden: int = 64,
         epochs: int = 30,
         learning_rate: float = 1e-3,
