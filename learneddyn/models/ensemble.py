@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from learneddyn.core import DataError, Outcome, Prediction, Transitions
 from learneddyn.models.angles import near
+from learneddyn.models.attempt import attempt, require_pair
 from learneddyn.models.base import AbstractDynamics, FitReport
 from learneddyn.models.gradients import TIGHTNESS, Gradients
 from learneddyn.models.rollout import Answer, Parts, Snapshot
@@ -103,8 +104,8 @@ class ProbabilisticEnsemble(AbstractDynamics):
         bootstrap: draw each network's rows with replacement; False gives all networks the same rows.
         precision: ``"bf16"`` lets rollouts (`sample` of two rows or more, and `sample_and_predict`, which a penalty
             asks) compute their layers in bfloat16; `predict`, and with it every metric, stays in float32.
-        training_precision: ``"bf16"`` lets `fit` compute layers and their gradients in bfloat16; weights, loss and
-            optimiser stay in float32.
+        training_precision: ``"bf16"`` lets `fit` compute layers (but the last) and their gradients in bfloat16;
+            weights, loss and optimiser stay in float32.
 
     Raises:
         ValueError: an argument outside its range (names it, the value, what is allowed).
@@ -432,33 +433,23 @@ class ProbabilisticEnsemble(AbstractDynamics):
             FloatingPointError: the loss became NaN; the weights before this fit are restored.
         """
         started = time.perf_counter()
-        data.check()
         if weights is not None and (len(weights) != len(data) or not bool((weights.isfinite() & (weights > 0)).all())):
             raise ValueError(f"weights must be {len(data)} positive finite numbers, one per row, got {weights}")
-        if len(data) < 2:
-            raise DataError(f"fit needs at least 2 transitions (one to train on, one to hold out), got {len(data)}")
+        require_pair(data)
         fresh = self.spaces is None
-        self.check_spaces(data)
-        if fresh:
-            self._initialise(rng)
-        data = data.to(self.max_logvar.device)
-        shuffled = torch.randperm(len(data), generator=rng, device=data.device)
-        held = max(1, min(int(self.holdout_ratio * len(data)), self.holdout_max))
-        weights = None if weights is None else weights.to(data.device)
-        before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        try:
+        with attempt(self, data):
+            if fresh:
+                self._initialise(rng)
+            data = data.to(self.max_logvar.device)
+            shuffled = torch.randperm(len(data), generator=rng, device=data.device)
+            held = max(1, min(int(self.holdout_ratio * len(data)), self.holdout_max))
+            weights = None if weights is None else weights.to(data.device)
             self._standardise(data[shuffled[held:]])
             train, test = (
                 self._pack(data[rows], None if weights is None else weights[rows])
                 for rows in (shuffled[held:], shuffled[:held])
             )
             history = self._train(train, test, rng, progress)
-        except BaseException:  # Ctrl-C must not leave half a model either
-            self.load_state_dict(before)
-            self.spaces = None if fresh else self.spaces
-            raise
-        finally:
-            self.zero_grad(set_to_none=True)
         with torch.no_grad():
             score = self._holdout(test)
         self._elites.copy_(score.watched.argsort()[: self.num_elites])

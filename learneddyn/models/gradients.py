@@ -27,7 +27,8 @@ class Gradients:
         max_logvar: upper bound of the log-variances.
         min_logvar: lower bound.
         learned: target columns that count.
-        half: compute layers and their gradients in bfloat16; parameters, the loss and what follows stay float32.
+        half: compute layers and their gradients in bfloat16, but for the last, whose rounded means would blur targets
+            that are predicted to a hundredth of their scale; parameters, the loss and what follows stay float32.
     """
 
     def __init__(
@@ -42,12 +43,13 @@ class Gradients:
         self._weights, self._biases = list(weights), list(biases)
         self._max, self._min, self._learned = max_logvar, min_logvar, learned.float()
         self._share = self._learned / self._learned.sum()
-        self._dtype = torch.bfloat16 if half else torch.float32
         self._by_weight = [_gradient(weight) for weight in self._weights]
         self._by_bias = [_gradient(bias) for bias in self._biases]
         self._by_max, self._by_min = _gradient(max_logvar), _gradient(min_logvar)
-        self._work = [weight.detach().to(self._dtype) for weight in self._weights]
-        self._slopes = [torch.empty_like(weight) for weight in self._work] if half else []
+        halved = len(self._weights) - 1 if half else 0
+        self._work = [weight.detach() for weight in self._weights]
+        self._work[:halved] = [weight.bfloat16() for weight in self._work[:halved]]
+        self._slopes = [torch.empty_like(weight) for weight in self._work[:halved]]
         self._memory: dict[tuple[str, int, int], Tensor] = {}
 
     @torch.no_grad()
@@ -66,10 +68,9 @@ class Gradients:
             ended: 1 where the step terminated, or None without a termination head.
             weight: factor of every row's loss, of mean 1 over the data; None is 1.
         """
-        if self._slopes:
-            for work, full in zip(self._work, self._weights, strict=True):
-                work.copy_(full)
-        inputs, before = self._forward(x.to(self._dtype))
+        for layer in range(len(self._slopes)):
+            self._work[layer].copy_(self._weights[layer])
+        inputs, before = self._forward(x)
         loss, slope = self._heads(before.pop(), target, ended, weight)
         self._backward(inputs, before, slope)
         return loss
@@ -78,16 +79,16 @@ class Gradients:
         """Return what enters every layer, and what leaves it before its activation."""
         inputs, before, last = [x], [], len(self._work) - 1
         for layer, (weight, bias) in enumerate(zip(self._work, self._biases, strict=True)):
-            z = self._buffer("z", layer, x, weight.shape[2])
-            before.append(torch.baddbmm(bias.to(x.dtype), inputs[-1], weight, out=z))
+            inputs[-1] = inputs[-1].to(weight.dtype)
+            z = self._buffer("z", layer, inputs[-1], weight.shape[2])
+            before.append(torch.baddbmm(bias.to(weight.dtype), inputs[-1], weight, out=z))
             if layer < last:
-                inputs.append(torch.ops.aten.silu.out(z, out=self._buffer("h", layer, x, weight.shape[2])))
+                inputs.append(torch.ops.aten.silu.out(z, out=self._buffer("h", layer, z, weight.shape[2])))
         return inputs, before
 
     def _heads(self, out: Tensor, target: Tensor, ended: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the loss and its gradient by the networks' outputs; write those of the variance bounds."""
         q, rows = target.shape[2], target.shape[1]
-        out = out.float()
         share = self._share / rows if weight is None else self._share * (weight[..., None] / rows)
         gate = (out[..., q : 2 * q] - self._max).sigmoid_()
         loose = gate * self._max.exp()
@@ -115,16 +116,15 @@ class Gradients:
         return loss, slope
 
     def _backward(self, inputs: list[Tensor], before: list[Tensor], slope: Tensor) -> None:
-        slope = slope.to(self._dtype)
         for layer in reversed(range(len(self._work))):
-            if self._slopes:
+            if layer < len(self._slopes):
                 self._by_weight[layer].copy_(torch.bmm(inputs[layer].mT, slope, out=self._slopes[layer]))
             else:
                 torch.bmm(inputs[layer].mT, slope, out=self._by_weight[layer])
             torch.sum(slope, dim=1, keepdim=True, dtype=torch.float32, out=self._by_bias[layer])
             if layer:
                 # What entered this layer is no longer needed: its memory takes the gradient by it.
-                slope = torch.bmm(slope, self._work[layer].mT, out=inputs[layer])
+                slope = torch.bmm(slope, self._work[layer].mT, out=inputs[layer]).to(before[layer - 1].dtype)
                 slope = torch.ops.aten.silu_backward.grad_input(slope, before[layer - 1], grad_input=slope)
 
     def _buffer(self, name: str, layer: int, like: Tensor, width: int) -> Tensor:
