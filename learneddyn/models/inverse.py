@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from learneddyn.core import DataError, Transitions
 from learneddyn.models.base import AbstractModel, FitReport
+from learneddyn.models.windows import elapsed, linked
 from learneddyn.spaces import Spaces
 
 LOG_STD = (-5.0, 2.0)
@@ -52,7 +53,8 @@ class InverseDynamics(AbstractModel):
     from the ends of their box, whose inverse tanh is infinite, by ``bound``.
 
     Args:
-        past: k, past states in a window besides s_t. Before an episode's first row a slot holds 0, the mean.
+        past: k, past states in a window besides s_t. Before an episode's first row, and before the first one after
+            rows that were dropped, a slot holds 0, the mean.
         num_members: pairs of networks E; each starts from its own weights and sees its own batches.
         hidden: widths of the hidden layers.
         dropout: share of hidden units dropped in training.
@@ -205,7 +207,7 @@ class InverseDynamics(AbstractModel):
         """Take mean and deviation of states, changes and their differences; columns that only round get scale 1."""
         rounding = 1e-6 * data.obs.abs().amax(0).double()
         change = data.next_obs.double() - data.obs.double()
-        bend = (change[1:] - change[:-1])[data.positions()[1:] > 0]
+        bend = (change[1:] - change[:-1])[linked(data)[1:]]
         for name, values in (("obs", data.obs.double()), ("change", change), ("bend", bend)):
             if len(values):
                 spread = values.std(0, correction=0)
@@ -214,7 +216,7 @@ class InverseDynamics(AbstractModel):
 
     def _windows(self, data: Transitions) -> Float[Tensor, "n w"]:
         """Return inputs, all standardised: s_t, the change after it, and by how much changes differ, latest first."""
-        position, row = data.positions(), torch.arange(len(data), device=data.device)
+        position, row = elapsed(data), torch.arange(len(data), device=data.device)
         change = data.next_obs - data.obs
         slots = [(data.obs - self.obs_mean) / self.obs_scale, (change - self.change_mean) / self.change_scale]
         for back in range(1, self.past + 1):

@@ -12,6 +12,7 @@ from torch import Tensor
 from learneddyn import tasks
 from learneddyn.core import DataError, Task, Transitions
 from learneddyn.data.minari import load
+from learneddyn.models.windows import linked
 from learneddyn.tasks.registry import UnknownTask
 
 Data = Transitions | str | Sequence[str]
@@ -43,7 +44,8 @@ def read(data: Data, task: Task | str | None = None, *, rewards: bool = True) ->
 def check(data: Transitions, task: Task | None = None, *, rewards: bool = True) -> Transitions:
     """Return ``data`` if it can be learned from; `read` lists the errors."""
     name = f"data set {data.source!r}" if data.source else "the data"
-    if missing := int((~data.labelled()).sum()):
+    missing = int((~data.labelled()).sum()) if data.action.shape[1] else len(data)
+    if missing:
         raise DataError(
             f"{name} holds no action in {missing} of its {len(data)} rows; fill them in with "
             "learneddyn.offline.semi_supervised, or keep data[data.labelled()]"
@@ -100,10 +102,11 @@ def scaled(data: Transitions) -> Transitions:
 
 
 def next_actions(data: Transitions) -> tuple[Float[Tensor, "n a"], Bool[Tensor, " n"]]:
-    """Return the action that followed each row, and whether the log holds it (not at the end of an episode)."""
-    known = torch.zeros(len(data), dtype=torch.bool, device=data.device)
-    known[:-1] = data.episode[1:] == data.episode[:-1]
-    known &= ~data.terminated
+    """Return the action that followed each row, and whether the log holds it.
+
+    It does not at the end of an episode, nor before a row that was dropped: the next row begins where this one ends.
+    """
+    known = linked(data).roll(-1) & ~data.terminated
     return data.action.roll(-1, 0) * known[:, None], known
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import mish
 
 from learneddyn.core import Transitions, generator
+from learneddyn.models.windows import linked
 from learneddyn.offline.base import OfflineAlgorithm, descend
 from learneddyn.offline.dataset import Data
 from learneddyn.offline.diffusion import NoiseSchedule
@@ -286,12 +287,12 @@ class TrajectoryPolicy(FlatPolicy):
 
 
 class Window(NamedTuple):
-    """Pieces of episodes, padded behind the end with the last state."""
+    """Pieces of unbroken stretches of episodes, padded behind the end with the last state."""
 
     states: Float[Tensor, "b h s"]
     """Standardised."""
     returns: Float[Tensor, "b h"]
-    """Undiscounted rewards from here to the episode's end."""
+    """Undiscounted rewards that the log holds from here to the episode's end."""
     actions: Float[Tensor, "b h a"]
     rewards: Float[Tensor, "b h"]
     known: Bool[Tensor, "b h"]
@@ -301,28 +302,37 @@ class Window(NamedTuple):
 class Windows:
     """The episodes of a log, from which windows are drawn that begin at any row.
 
+    A window ends with its episode, and where rows were dropped (`learneddyn.models.windows`): it holds no step that
+    nobody took.
+
     Args:
         rows: the log, with the rewards and actions to learn from.
         normaliser: of its observations.
     """
 
     def __init__(self, rows: Transitions, normaliser: Normaliser) -> None:
-        number, lengths = torch.unique_consecutive(rows.episode, return_inverse=True, return_counts=True)[1:]
-        # An episode of T rows has T + 1 states: those of later episodes stand one place further per earlier episode.
-        place = torch.arange(len(rows), device=rows.device) + number
-        ends = lengths.cumsum(0) - 1
-        self._last = (ends + torch.arange(len(ends), device=rows.device) + 1)[number]
+        begins = ~linked(rows)
+        ends = (begins.roll(-1)).nonzero().flatten()
+        # A stretch of T rows has T + 1 states: those of later stretches stand one place further per earlier stretch.
+        stretch = begins.cumsum(0) - 1
+        place = torch.arange(len(rows), device=rows.device) + stretch
+        self._last = (ends + torch.arange(len(ends), device=rows.device) + 1)[stretch]
         self._starts = place
         total = len(rows) + len(ends)
 
         def placed(values: Tensor) -> Tensor:
             return values.new_zeros(total, *values.shape[1:]).index_copy(0, place, values)
 
-        states = placed(rows.obs).index_copy(0, self._last[ends], rows.next_obs[ends])
-        self._states, self._actions, self._rewards = normaliser(states), placed(rows.action), placed(rows.reward)
+        def with_last(values: Tensor, last: Tensor) -> Tensor:
+            return placed(values).index_copy(0, self._last[ends], last[ends])
+
+        number, lengths = torch.unique_consecutive(rows.episode, return_inverse=True, return_counts=True)[1:]
         paid = rows.reward.double().cumsum(0)
-        self._returns = placed((paid[ends][number] - paid + rows.reward.double()).float())
-        self.episode_returns = self._returns[place[ends - lengths + 1]]
+        after = paid[lengths.cumsum(0) - 1][number] - paid
+        self._states = normaliser(with_last(rows.obs, rows.next_obs))
+        self._returns = with_last((after + rows.reward.double()).float(), after.float())
+        self._actions, self._rewards = placed(rows.action), placed(rows.reward)
+        self.episode_returns = self._returns[place[lengths.cumsum(0) - lengths]]
         """Return of every episode."""
 
     def sample(self, rows: int, horizon: int, rng: torch.Generator) -> Window:

@@ -85,6 +85,13 @@ def test_windows_stay_inside_their_episode(log):
             bend = change[row - back + 1] - change[row - back]
             wanted = (bend - model.bend_mean) / model.bend_scale if inside else torch.zeros(o)
             torch.testing.assert_close(windows[row, (1 + back) * o : (2 + back) * o], wanted)
+    # A row that was dropped breaks the past of those behind it as the start of an episode does.
+    rows = torch.arange(400) != 1
+    assert bool((model._windows(log)[2:5, 2 * o :] != 0).any(1).all())
+    cut = model._windows(log[rows])
+    assert bool((cut[1, 2 * o :] == 0).all())
+    assert torch.equal(cut[2, 2 * o : 3 * o], windows[3, 2 * o : 3 * o])
+    assert bool((cut[2, 3 * o :] == 0).all())
     # The last row of an episode knows its successor, and a row knows nothing that comes later.
     last = int((log.episode == log.episode[0]).nonzero().max())
     moved = replace(log, next_obs=log.next_obs + (torch.arange(400) == last)[:, None])

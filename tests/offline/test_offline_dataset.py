@@ -94,6 +94,18 @@ def test_next_actions_stay_within_their_episode(log):
         assert torch.equal(following[row], wanted)
 
 
+def test_the_action_of_a_dropped_row_is_not_known(log):
+    """The row before the gap knows no next action; all others know what they knew."""
+    following, known = next_actions(log)
+    row = int((known[:-2] & known[1:-1]).nonzero()[0])
+    kept = torch.arange(len(log)) != row + 1
+    after, still = next_actions(log[kept])
+    wanted = known.clone()
+    wanted[row] = False
+    assert torch.equal(still, wanted[kept])
+    assert torch.equal(after, (following * wanted[:, None])[kept])
+
+
 def test_actions_are_scaled_to_their_box(log):
     box = gym.spaces.Box(np.array([0, -3], np.float32), np.array([4, 1], np.float32))
     data = replace(log, action=torch.tensor([[0.0, -3.0], [4.0, 1.0], [2.0, -1.0], [3.0, 0.0]]).repeat(100, 1))

@@ -188,6 +188,20 @@ def test_windows_hold_episodes_and_nothing_across_them():
         assert returns == [left[int(state)] for state in states]
 
 
+def test_windows_do_not_bridge_rows_that_were_dropped():
+    """Of 0, 1, 2, 3, 4 the middle row is gone: what came of 1 is known, what became of it is not; its return is."""
+    whole = column([0.0, 1, 2, 3, 4], [0] * 5)
+    windows = Windows(whole[torch.tensor([0, 1, 3, 4])], Normaliser(1))
+    window = windows.sample(500, 4, generator(0))
+    seen = {tuple(row) for row in window.states[..., 0].tolist()}
+    assert seen == {(0, 1, 2, 2), (1, 2, 2, 2), (3, 4, 5, 5), (4, 5, 5, 5)}
+    left = {0: 8, 1: 8, 2: 7, 3: 7, 4: 4, 5: 0}
+    for states, returns, known in zip(*(part.flatten(1).tolist() for part in window[:2] + window[4:]), strict=True):
+        assert returns == [left[int(state)] for state in states]
+        assert known == [True, *(two != one for one, two in pairwise(states))]
+    assert windows.episode_returns.tolist() == [8.0]
+
+
 @pytest.mark.parametrize("options", [SMALL, GRU], ids=["transformer", "gru"])
 def test_a_loaded_agent_goes_on_as_if_nothing_had_happened(options, log, tmp_path):
     common = options | {"slow_start": 3, "slow_every": 2, "seed": 3}
