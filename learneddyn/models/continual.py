@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import trange
 
-from learneddyn.core import DataError, Transitions
+from learneddyn.core import Transitions
+from learneddyn.models.attempt import attempt, require_pair
 from learneddyn.models.base import AbstractModel, FitReport
 from learneddyn.models.ensemble import ProbabilisticEnsemble
 from learneddyn.spaces import Spaces
@@ -181,24 +182,13 @@ class AbstractContinual(AbstractModel):
             FloatingPointError: training diverged; the model is left as it was.
         """
         started = time.perf_counter()
-        data.check()
-        if len(data) < 2:
-            raise DataError(f"fit needs at least 2 transitions (one to train on, one to hold out), got {len(data)}")
+        require_pair(data)
         latest = self.num_tasks - 1
         if not max(0, latest) <= task <= latest + 1:
             allowed = "0" if latest < 0 else f"{latest} (go on with the latest) or {latest + 1} (begin the next)"
             raise ValueError(f"task must be {allowed}, got {task}: earlier tasks are closed")
-        fresh = self.spaces is None
-        self.check_spaces(data)
-        before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        try:
+        with attempt(self, data):
             metrics = self._fitted(task, data.to(self.device), rng, progress)
-        except BaseException:  # a missing extra or Ctrl-C must not leave half a model either
-            self.load_state_dict(before)
-            self.spaces = None if fresh else self.spaces
-            raise
-        finally:
-            self.zero_grad(set_to_none=True)
         epochs = math.ceil(self.updates * self.batch_size / metrics["train_rows"])
         return FitReport(epochs, time.perf_counter() - started, metrics, [metrics])
 

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from learneddyn.core import DataError, Transitions, generator
 from learneddyn.models import AbstractModel, FitReport
+from learneddyn.models.attempt import attempt
 from learneddyn.offline.base import descend
 from learneddyn.offline.nets import BatchedMLP
 from learneddyn.spaces import Spaces
@@ -184,19 +185,13 @@ class DynamicsReward(AbstractModel):
             ValueError: the data has other spaces than the rows learned from before.
             FloatingPointError: training diverged; what was learned before is kept.
         """
-        started, fresh = time.perf_counter(), self.spaces is None
+        started = time.perf_counter()
         data.check()
-        self.check_spaces(data)
-        data = data.to(self.shift.device)
-        before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        try:
+        with attempt(self, data):
+            data = data.to(self.shift.device)
             self._fit_scales(data)
             table = self._features(data.obs, data.action, data.next_obs)
             history, generated = self._play(table, rng, progress)
-        except BaseException:  # Ctrl-C must not leave half a model either
-            self.load_state_dict(before)
-            self.spaces = None if fresh else self.spaces
-            raise
         logged = table[torch.randint(len(table), (_CALIBRATION,), generator=rng, device=table.device)]
         rewards = [float(-torch.log1p(-self._belief(rows)).mean()) for rows in (logged, generated)]
         metrics = dict(zip(("log_reward", "generated_reward"), rewards, strict=True))
