@@ -96,7 +96,7 @@ class Successions(NamedTuple):
     after: Float[Tensor, "n r"]
     """The history's next row."""
     hidden: Float[Tensor, "n v"]
-    """What was hidden in that row."""
+    """What was hidden in that row; or in the history's last one, where the estimate is to be of now."""
 
     def to(self, device: torch.device) -> "Successions":
         """Return the same rows on another device."""
@@ -161,7 +161,7 @@ class HIMExtractor(BaseFeaturesExtractor):
         return torch.cat([observations["history"][:, -1], hidden, code], dim=1)
 
     def estimate(self, history: Float[Tensor, "b h r"]) -> tuple[Float[Tensor, "b v"], Float[Tensor, "b z"]]:
-        """Return the hidden columns, one step after the history's last row, in their units; and the code."""
+        """Return the hidden columns in their units, at the step that was learned from `Successions`; and the code."""
         hidden, code = self._encoded(history)
         return hidden * self._std("hidden") + self.hidden_mean, code
 
@@ -269,15 +269,19 @@ class HIMCallback(BaseCallback):
         epochs: over a rollout.
         updates: batches per rollout of an off-policy agent.
         batch_size: rows of a batch.
+        ahead: estimate what is hidden one step later, as the source does; False for the newest step itself, which is
+            easier where steps are long: the action between the two is not known yet.
         verbose: as in every callback.
 
     Raises:
         ValueError: at the start of training, where the policy has no `HIMExtractor`.
     """
 
-    def __init__(self, epochs: int = 5, updates: int = 1, batch_size: int = 512, verbose: int = 0) -> None:
+    def __init__(
+        self, epochs: int = 5, updates: int = 1, batch_size: int = 512, ahead: bool = True, verbose: int = 0
+    ) -> None:
         super().__init__(verbose)
-        self.epochs, self.updates, self.batch_size = epochs, updates, batch_size
+        self.epochs, self.updates, self.batch_size, self.ahead = epochs, updates, batch_size, ahead
         self._rng = torch.Generator()
         self._waiting: Successions | None = None
 
@@ -300,7 +304,7 @@ class HIMCallback(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         if isinstance(self.model, OnPolicyAlgorithm):
-            self._waiting = rollout_successions(self.model).to(self.model.device)
+            self._waiting = rollout_successions(self.model, self.ahead).to(self.model.device)
         elif isinstance(self.model, OffPolicyAlgorithm):
             self._learn_from_replay(self.model)
 
@@ -316,8 +320,9 @@ class HIMCallback(BaseCallback):
             return
         for _ in range(self.updates):
             batch: Any = agent.replay_buffer.sample(self.batch_size)
-            after = batch.next_observations
-            rows = Successions(batch.observations["history"], after["history"][:, -1], after["hidden"])
+            now, after = batch.observations, batch.next_observations
+            hidden = (after if self.ahead else now)["hidden"]
+            rows = Successions(now["history"], after["history"][:, -1], hidden)
             self._tuned().extractor.observe(rows)
             loss = self._trainer.update(rows)
         self._finish(loss)
@@ -337,12 +342,13 @@ class HIMCallback(BaseCallback):
             copy.load_state_dict(self._trainer.extractor.state_dict())
 
 
-def rollout_successions(agent: OnPolicyAlgorithm) -> Successions:
+def rollout_successions(agent: OnPolicyAlgorithm, ahead: bool = True) -> Successions:
     """Return the pairs of consecutive steps in an agent's full rollout, on the CPU; none reaches across an episode."""
     buffer: Any = agent.rollout_buffer
     joined = torch.from_numpy(buffer.episode_starts[1:] == 0)
     history, hidden = (torch.from_numpy(buffer.observations[name]) for name in ("history", "hidden"))
-    return Successions(history[:-1][joined], history[1:, ..., -1, :][joined], hidden[1:][joined])
+    hidden = hidden[1:] if ahead else hidden[:-1]
+    return Successions(history[:-1][joined], history[1:, ..., -1, :][joined], hidden[joined])
 
 
 def _mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:

@@ -135,6 +135,7 @@ def test_rollouts_give_pairs_within_episodes():
     class Keep(HIMCallback):
         def _on_rollout_end(self):
             seen["rows"] = rollout_successions(self.model)
+            seen["now"] = rollout_successions(self.model, ahead=False).hidden
             super()._on_rollout_end()
 
     agent.learn(32, callback=Keep(batch_size=32))
@@ -142,6 +143,11 @@ def test_rollouts_give_pairs_within_episodes():
     assert len(rows.after) == 31 - 3
     step = (rows.after[:, :2] - rows.history[:, -1, :2]).norm(dim=1)
     assert step.max() < 0.5, "a pendulum does not jump between two steps"
+    turned = torch.linalg.cross(
+        *(torch.nn.functional.pad(x, (0, 1)) for x in (rows.history[:, -1, :2], rows.after[:, :2]))
+    )
+    assert torch.allclose(turned[:, 2].arcsin() / 0.05, rows.hidden[:, 0], atol=1e-2), "the velocity that moved it"
+    assert (rows.hidden - seen["now"]).abs().max() <= 0.05 * (15 + 3 * 2) + 1e-4
 
 
 def test_all_copies_of_an_off_policy_agent_agree():
