@@ -115,6 +115,8 @@ class Interface:
 
     def _checked_array(self, actions: Any) -> Float32[np.ndarray, "b a"]:
         array = self._array_columns(actions)
+        if not array.size:  # a system that takes no action
+            return array
         if array.size <= _FEW:
             entries = array.ravel().tolist()
             # Python's extremes pass over a NaN, and its sum does not.
