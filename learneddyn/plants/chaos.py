@@ -1,0 +1,220 @@
+"""Chaotic flows as truths: batched integration, standardised states, no action or a push on chosen coordinates.
+
+    truth = FlowDynamics("Lorenz63", dt=0.01)
+    data = truth.log(episodes=1, steps=20_000, rng=generator(0))      # Transitions without action columns
+    world = World(truth, chaos.watched("Lorenz63", initial=truth.start))
+
+`lorenz63` needs nothing; every autonomous flow of the package dysts (extra ``dysts``) whose equations take batches, 100
+of the 135 of its release 0.96, comes by its name there. dysts is asked for equations, parameters and statistics only:
+its own integration is a loop in SciPy, and its published series are not in the package. Its Lyapunov exponents are
+estimates, some rough: `learneddyn.evaluation.chaos.lyapunov_spectrum` measures the one of ``truth.step``.
+
+Source: Gilpin, "Chaos as an interpretable benchmark for forecasting and data-driven modelling" (2021); the system of
+`lorenz63`: Lorenz, "Deterministic nonperiodic flow" (1963).
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from learneddyn.core import Outcome, Prediction, Transitions
+from learneddyn.integrate import Slope, rk4
+from learneddyn.spaces import Spaces
+
+_TRANSIENT = 500
+"""Hundredths of a period until an orbit counts as being on the attractor."""
+
+
+class Flow(NamedTuple):
+    """An autonomous system ds/dt = slope(s) in units of its own."""
+
+    name: str
+    slope: Slope
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """Statistics of its attractor, which states are standardised with."""
+    start: tuple[float, ...]
+    """A state in the attractor's basin."""
+    period: float
+    """Its dominant time scale."""
+    lyapunov: float
+    """Its largest Lyapunov exponent, per unit of time."""
+
+
+def lorenz63() -> Flow:
+    """Return Lorenz's convection: sigma = 10, rho = 28, beta = 8 / 3."""
+
+    def slope(state: Tensor) -> Tensor:
+        x, y, z = state.unbind(dim=1)
+        return torch.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z], dim=1)
+
+    mean, std = (0.0, 0.0, 23.55), (7.925, 9.01, 8.62)
+    return Flow("Lorenz63", slope, mean, std, (1.0, 1.0, 20.0), 1.5, 0.906)
+
+
+def dysts_flow(name: str) -> Flow:
+    """Return a flow of the package dysts by its name there, for example "Rossler".
+
+    Raises:
+        ImportError: dysts is not installed (names the extra).
+        ValueError: no flow has this name, it has a delay or depends on time, or its equations take no batches.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that numba is missing, which could not compile for tensors anyway
+        try:
+            from dysts import base, flows
+        except ImportError as error:
+            raise ImportError("flows of dysts need it: pip install 'learneddyn[dysts]'") from error
+    kind = getattr(flows, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, base.DynSys)):
+        raise ValueError(f"dysts has no flow without delay called {name!r}; names are in dysts.systems")
+    system: Any = kind()
+    if system.metadata["nonautonomous"]:
+        raise ValueError(f"{name} depends on time; a state that does not hold the time cannot be stepped")
+    equations = getattr(kind._rhs, "py_func", kind._rhs)  # numba, where it is installed, wraps them
+
+    def slope(state: Tensor) -> Tensor:
+        parts = equations(*state.T, 0.0, *system.param_list)
+        return torch.stack([torch.as_tensor(part, dtype=state.dtype).expand(len(state)) for part in parts], dim=1)
+
+    start = tuple(np.atleast_2d(np.asarray(system.ic, np.float64))[0].tolist())
+    try:
+        slope(torch.tensor([start, start], dtype=torch.float64))
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise ValueError(f"the equations of {name} take no batches of tensors ({error})") from error
+    facts = system.metadata
+    mean, std = (tuple(float(number) for number in facts[key]) for key in ("mean", "std"))
+    return Flow(name, slope, mean, std, start, float(facts["period"]), float(facts["maximum_lyapunov_estimated"]))
+
+
+class FlowDynamics:
+    """A flow as error-free `learneddyn.core.Dynamics`: one member, no noise; observations are standardised states.
+
+    An action u in [-1, 1] per forced coordinate, held over a step, adds ``push * u`` standard deviations per unit of
+    time to its derivative. Answers come in the dtype and on the device of the observations.
+
+    Args:
+        flow: a flow, "Lorenz63", or the name of one of dysts.
+        dt: time a step lasts; None is a hundredth of the flow's period.
+        substeps: Runge-Kutta steps of order 4 per step.
+        forced: coordinates that actions push; () has no action columns.
+        push: strength of the actions.
+        device: of `elites` and of what `start` and `log` draw.
+
+    Raises:
+        ValueError: an unknown flow, a coordinate that it does not have, or a number that is not positive.
+    """
+
+    num_members = 1
+
+    def __init__(
+        self,
+        flow: Flow | str = "Lorenz63",
+        *,
+        dt: float | None = None,
+        substeps: int = 4,
+        forced: Sequence[int] = (),
+        push: float = 1.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        named = lorenz63() if flow == "Lorenz63" else dysts_flow(flow) if isinstance(flow, str) else flow
+        self.flow, self.dt, self.substeps, self.push = named, named.period / 100 if dt is None else dt, substeps, push
+        self.forced, self.device = tuple(forced), torch.device(device)
+        columns = len(self.flow.mean)
+        for name, value in (("dt", self.dt), ("substeps", substeps), ("push", push)):
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value!r}")
+        if any(not 0 <= column < columns for column in self.forced) or len(set(self.forced)) < len(self.forced):
+            raise ValueError(f"forced must be distinct coordinates 0 to {columns - 1}, got {self.forced}")
+        box = gym.spaces.Box
+        self.spaces: Spaces | None = Spaces(
+            box(-np.inf, np.inf, (columns,), np.float32), box(-1.0, 1.0, (len(self.forced),), np.float32)
+        )
+
+    @property
+    def lyapunov(self) -> float:
+        """The largest Lyapunov exponent of the flow without actions, per unit of time."""
+        return self.flow.lyapunov
+
+    @property
+    def elites(self) -> Int[Tensor, " k"]:
+        """The one member."""
+        return torch.zeros(1, dtype=torch.long, device=self.device)
+
+    def step(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"] | None = None) -> Float[Tensor, "b o"]:
+        """Return the standardised states one step later; without an action nothing pushes."""
+        mean, std = (obs.new_tensor(part) for part in (self.flow.mean, self.flow.std))
+        push = None
+        if self.forced and action is not None:
+            push = torch.zeros_like(obs)
+            push[:, list(self.forced)] = self.push * action.clamp(-1, 1)
+
+        def slope(x: Tensor) -> Tensor:
+            free = self.flow.slope(x * std + mean) / std
+            return free if push is None else free + push
+
+        return rk4(slope, obs, self.dt, self.substeps)
+
+    @torch.no_grad()
+    def orbits(self, obs: Float[Tensor, "b o"], steps: int) -> Float[Tensor, "b t o"]:
+        """Return the starts and the ``steps`` states that follow them without actions."""
+        path = [obs]
+        for _ in range(steps):
+            path.append(self.step(path[-1]))
+        return torch.stack(path, dim=1)
+
+    @torch.no_grad()
+    def start(self, lanes: int, rng: torch.Generator) -> Float[Tensor, "b o"]:
+        """Draw states on the attractor: from around the flow's own start, five to ten periods later (float32)."""
+        mean, std, start = (
+            torch.tensor(part, dtype=torch.float64, device=self.device)
+            for part in (self.flow.mean, self.flow.std, self.flow.start)
+        )
+        noise = torch.randn(lanes, len(mean), generator=rng, device=self.device, dtype=torch.float64)
+        state, drawn = start + 0.1 * std * noise, torch.empty_like(noise)
+        chosen = _TRANSIENT + torch.randint(_TRANSIENT, (lanes,), generator=rng, device=self.device)
+        for number in range(2 * _TRANSIENT):
+            drawn = torch.where((chosen == number)[:, None], state, drawn)
+            state = rk4(self.flow.slope, state, self.flow.period / 100)
+        drawn = (drawn - mean) / std
+        return drawn.float()
+
+    @torch.no_grad()
+    def log(self, episodes: int, steps: int, rng: torch.Generator) -> Transitions:
+        """Return experience from the attractor under actions drawn uniformly anew at every step; rewards are zero."""
+        obs, rows = self.start(episodes, rng).double(), []
+        for _ in range(steps):
+            action = 2 * torch.rand(episodes, len(self.forced), generator=rng, device=self.device) - 1
+            after = self.step(obs, action.double())
+            rows.append((obs.float(), action, after.float()))
+            obs = after
+        seen, acted, reached = (torch.stack(part, dim=1).flatten(0, 1) for part in zip(*rows, strict=True))
+        nothing = torch.zeros(len(seen), device=self.device)
+        episode = torch.arange(episodes, device=self.device).repeat_interleave(steps)
+        return Transitions(seen, acted, nothing, reached, nothing.bool(), episode, self.spaces, self.flow.name)
+
+    def sample(
+        self,
+        obs: Float[Tensor, "b o"],
+        action: Float[Tensor, "b a"],
+        member: Int[Tensor, " b"],
+        rng: torch.Generator,
+        memory: Float[Tensor, "b m"] | None = None,
+        *,
+        noise: bool = True,
+    ) -> Outcome:
+        """Step every row; ``member``, ``rng`` and ``noise`` change nothing."""
+        return Outcome(self.step(obs, action))
+
+    def predict(
+        self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Float[Tensor, "b m"] | None = None
+    ) -> Prediction:
+        """Return the step of `sample` as the prediction of one member with zero noise."""
+        after = self.step(obs, action)[None]
+        return Prediction(after, torch.zeros_like(after), self.elites.to(obs.device))
