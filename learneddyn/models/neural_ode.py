@@ -18,6 +18,7 @@ from learneddyn.core import Transitions
 from learneddyn.integrate import STABILITY, embedded_step, rk4
 from learneddyn.models.forcing import CausalWeights, forced_loss, stepwise_loss
 from learneddyn.models.regression import AbstractRegression, Answer
+from learneddyn.models.scale import spread
 from learneddyn.models.windows import longest_window, window_starts, windows
 from learneddyn.spaces import Spaces
 
@@ -229,7 +230,7 @@ class NeuralODE(AbstractRegression):
         data = data[rows]
         for name, column in (("obs", data.obs), ("action", data.action), ("reward", data.reward[:, None])):
             getattr(self, f"{name}_mean").copy_(column.mean(dim=0))
-            getattr(self, f"{name}_std").copy_(_spread(column))
+            getattr(self, f"{name}_std").copy_(spread(column))
         self.change.fill_(1.0)
         x, _, after = self._sequences(data)
         self._initialise(after - self.embed(x), rng)
@@ -269,7 +270,7 @@ class NeuralODE(AbstractRegression):
 
     def _initialise(self, increments: Float[Tensor, "n m"], rng: torch.Generator) -> None:
         """Draw the weights; outputs are in standard deviations of the increments per step."""
-        self.change.copy_(_spread(increments))
+        self.change.copy_(spread(increments))
         layers = [layer for layer in self.network if isinstance(layer, nn.Linear)]
         for layer in layers:
             bound = layer.in_features**-0.5
@@ -351,11 +352,6 @@ class _Watched:
 
     def callback_accept_step(self, begin: Tensor, state: Tensor, length: Tensor) -> None:
         self.accepted.append((float(begin.detach()), state, float(length.detach())))
-
-
-def _spread(column: Float[Tensor, "n c"]) -> Float[Tensor, " c"]:
-    std = (column - column.mean(dim=0)).square().mean(dim=0).sqrt()  # Tensor.std warns of no columns
-    return torch.where(std < 1e-9, torch.ones_like(std), std)
 
 
 def _odeint() -> Any:

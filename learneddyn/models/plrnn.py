@@ -5,6 +5,8 @@ the shallow network and its clipped form; Brenner, Hemmer, Monfared, Durstewitz,
 Interpretable Symbolic Codes in Dynamical Systems Reconstruction" (2024).
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from tqdm import tqdm
 from learneddyn.core import Transitions
 from learneddyn.models.forcing import AdaptiveForcing, forced_loss
 from learneddyn.models.regression import AbstractRegression, Answer
+from learneddyn.models.scale import spread
+from learneddyn.models.unrolled import Unrolled
 from learneddyn.models.windows import longest_window, window_starts, windows
 from learneddyn.spaces import Spaces
 
@@ -170,6 +174,22 @@ class PLRNN(AbstractRegression):
         d = x.shape[1]
         return torch.cat([z[:, :d] + alpha * (x - z[:, :d]), z[:, d:]], dim=1)
 
+    def unroll(
+        self, x: Float[Tensor, "b t d"], u: Float[Tensor, "b t a"], alphas: Sequence[float]
+    ) -> Float[Tensor, "b t m"]:
+        """Return the states after every step, before they are forced (`learneddyn.models.unrolled`)."""
+        if len(self.start) == 0 and all(alpha == 1 for alpha in alphas[1:]):  # every step begins at the data
+            return self.advance(x.flatten(0, 1), u.flatten(0, 1)).view_as(x)
+        x, u = x.transpose(0, 1), u.transpose(0, 1)
+        drive = u @ self.drive.T + self.bias
+        if self.kind == "almost-linear":
+            weights = (self.mixing, None, None, self.rectified)
+        else:
+            weights = (self.outer, self.inner, u @ self.gate.T + self.threshold, None)
+        clipped = self.kind == "clipped"
+        states = Unrolled.apply(self.embed(x[0]), x, drive, self.diagonal, *weights, clipped, list(alphas))
+        return states.transpose(0, 1)
+
     def regions(self, z: Float[Tensor, "b m"], u: Float[Tensor, "b a"]) -> Bool[Tensor, "b r"]:
         """Return which rectified units are on: the linear region of every state, one bit per unit."""
         if self.kind == "almost-linear":
@@ -197,8 +217,7 @@ class PLRNN(AbstractRegression):
         train, test = data[rows], data[~rows]
         for name, column in (("obs", train.obs), ("action", train.action), ("reward", train.reward[:, None])):
             getattr(self, f"{name}_mean").copy_(column.mean(dim=0))
-            std = column.std(dim=0, correction=0)
-            getattr(self, f"{name}_std").copy_(torch.where(std < 1e-9, torch.ones_like(std), std))
+            getattr(self, f"{name}_std").copy_(spread(column))
         self._initialise(rng)
         window = longest_window(train, self.window)
         starts, judged = (window_starts(part, window) for part in (train, test))

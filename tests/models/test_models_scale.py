@@ -24,6 +24,10 @@ def test_the_spread_is_relative_to_the_column(unit):
     assert spread(flicker).item() == 1.0, "rounding is no spread"
 
 
+def test_no_columns_have_no_spread():
+    assert spread(torch.zeros(5, 0)).shape == (0,)
+
+
 def test_the_likelihood_is_that_of_the_normal_distribution():
     error, std = torch.randn(50, 3, generator=generator(0)), torch.rand(3, generator=generator(1)) + 0.1
     wanted = -torch.distributions.Normal(torch.zeros(3), std).log_prob(error).mean()
