@@ -40,6 +40,17 @@ class Cell(Protocol):
         ...
 
 
+@runtime_checkable
+class UnrolledCell(Cell, Protocol):
+    """A cell that follows a whole sequence faster than step by step."""
+
+    def unroll(
+        self, x: Float[Tensor, "b t d"], u: Float[Tensor, "b t a"], alphas: Sequence[float]
+    ) -> Float[Tensor, "b t m"]:
+        """Return the states after every step, before they are forced; ``alphas`` hold the strength before each step."""
+        ...
+
+
 def forced_loss(
     cell: Cell,
     x: Float[Tensor, "b t d"],
@@ -61,14 +72,27 @@ def forced_loss(
         every: force only at every n-th step (sparse teacher forcing with ``alpha=1``).
         weigh: see `stepwise_loss`.
     """
+    alphas = [alpha if step and step % every == 0 else 0.0 for step in range(x.shape[1])]
+    if isinstance(cell, UnrolledCell):
+        states = cell.unroll(x, u, alphas)
+        said = cell.observe(states.flatten(0, 1)).view(*states.shape[:2], -1)
+    else:
+        said = step_by_step(cell, x, u, alphas)
+    return stepwise_loss(said, target, weigh)
+
+
+def step_by_step(
+    cell: Cell, x: Float[Tensor, "b t d"], u: Float[Tensor, "b t a"], alphas: Sequence[float]
+) -> Float[Tensor, "b t q"]:
+    """Return what a cell says after every step, forced by its alpha before each."""
     z = cell.embed(x[:, 0])
     said = []
-    for step in range(x.shape[1]):
-        if step and alpha and step % every == 0:
+    for step, alpha in enumerate(alphas):
+        if alpha:
             z = cell.force(z, x[:, step], alpha)
         z = cell.advance(z, u[:, step])
         said.append(cell.observe(z))
-    return stepwise_loss(torch.stack(said, dim=1), target, weigh)
+    return torch.stack(said, dim=1)
 
 
 def stepwise_loss(

@@ -16,7 +16,7 @@ from learneddyn.core import Transitions
 from learneddyn.models.forcing import AdaptiveForcing, forced_loss
 from learneddyn.models.regression import AbstractRegression, Answer
 from learneddyn.models.scale import spread
-from learneddyn.models.unrolled import Unrolled
+from learneddyn.models.unrolled import unrolled
 from learneddyn.models.windows import longest_window, window_starts, windows
 from learneddyn.spaces import Spaces
 
@@ -182,12 +182,13 @@ class PLRNN(AbstractRegression):
             return self.advance(x.flatten(0, 1), u.flatten(0, 1)).view_as(x)
         x, u = x.transpose(0, 1), u.transpose(0, 1)
         drive = u @ self.drive.T + self.bias
+        start = self.embed(x[0])
         if self.kind == "almost-linear":
-            weights = (self.mixing, None, None, self.rectified)
+            states = unrolled(start, x, drive, self.diagonal, self.mixing, alphas, rectified=self.rectified)
         else:
-            weights = (self.outer, self.inner, u @ self.gate.T + self.threshold, None)
-        clipped = self.kind == "clipped"
-        states = Unrolled.apply(self.embed(x[0]), x, drive, self.diagonal, *weights, clipped, list(alphas))
+            gate, clipped = u @ self.gate.T + self.threshold, self.kind == "clipped"
+            parts = (start, x, drive, self.diagonal, self.outer, alphas)
+            states = unrolled(*parts, inner=self.inner, gate=gate, clipped=clipped)
         return states.transpose(0, 1)
 
     def regions(self, z: Float[Tensor, "b m"], u: Float[Tensor, "b a"]) -> Bool[Tensor, "b r"]:

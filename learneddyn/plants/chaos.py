@@ -77,7 +77,7 @@ def dysts_flow(name: str) -> Flow:
     system: Any = kind()
     if system.metadata["nonautonomous"]:
         raise ValueError(f"{name} depends on time; a state that does not hold the time cannot be stepped")
-    equations = getattr(kind._rhs, "py_func", kind._rhs)  # numba, where it is installed, wraps them
+    equations = getattr(system._rhs, "py_func", system._rhs)  # numba, where it is installed, wraps them
 
     def slope(state: Tensor) -> Tensor:
         parts = equations(*state.T, 0.0, *system.param_list)
