@@ -8,7 +8,6 @@ one observation does not hold the whole state (velocities that are not measured)
 import math
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -19,7 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from learneddyn.core import DataError, Transitions
+from learneddyn.models.attempt import attempt
 from learneddyn.models.base import AbstractModel, FitReport
+from learneddyn.models.nets import BatchedMLP
 from learneddyn.models.windows import elapsed, linked
 from learneddyn.spaces import Spaces
 
@@ -109,8 +110,7 @@ class InverseDynamics(AbstractModel):
             raise ValueError(f"inverse dynamics need a bounded Box as action space, got {box}")
         o, a, nets = spaces.obs_dim, spaces.action_dim, 2 * self.num_members
         widths = [(self.past + 2) * o, *self.hidden, a]
-        self.weights = nn.ParameterList(torch.zeros(nets, i, j) for i, j in pairwise(widths))
-        self.biases = nn.ParameterList(torch.zeros(nets, 1, j) for j in widths[1:])
+        self.nets = BatchedMLP(nets, widths, rng=torch.Generator())
         for part in ("obs", "change", "bend"):
             self.register_buffer(f"{part}_mean", torch.zeros(o))
             self.register_buffer(f"{part}_scale", torch.ones(o))
@@ -147,13 +147,12 @@ class InverseDynamics(AbstractModel):
                 f"{int(labelled.sum())} rows with actions in {len(episodes)} of {len(data.episode.unique())}"
             )
         fresh = self.spaces is None
-        self.check_spaces(data)
-        data = data.to(self.low.device)
-        before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        try:
+        with attempt(self, data):
+            data = data.to(self.low.device)
             actions = self._scaled(data.action[labelled])
             if fresh:
-                for weight in self.weights:
+                for weight, bias in zip(self.nets.weights, self.nets.biases, strict=True):
+                    nn.init.zeros_(bias)
                     for net in weight:
                         nn.init.orthogonal_(net, generator=rng)
             self._take_scales(data)
@@ -163,10 +162,6 @@ class InverseDynamics(AbstractModel):
             windows = self._windows(data)[labelled]
             train, test = ((windows[rows], actions[rows]) for rows in (~held_out, held_out))
             history = self._train(*train, *test, rng, progress)
-        except BaseException:  # Ctrl-C must not leave half a model either
-            self.load_state_dict(before)
-            self.spaces = None if fresh else self.spaces
-            raise
         belief = self._belief(windows[held_out])
         metrics = {
             "holdout_nll": float(self._nll(windows[held_out], actions[held_out]).mean()),
@@ -230,16 +225,13 @@ class InverseDynamics(AbstractModel):
         self, x: Float[Tensor, "*e b w"], rng: torch.Generator | None = None
     ) -> tuple[Float[Tensor, "e b a"], Float[Tensor, "e b a"]]:
         """Return mean and log deviation before the tanh; units are dropped where ``rng`` is given."""
-        members, last = self.num_members, len(self.weights) - 1
-        x = torch.cat((x, x)) if x.ndim == 3 else x.expand(2 * members, -1, -1)
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, x, weight)
-            if layer < last:
-                x = x.relu()
-                if rng is not None and self.dropout:
-                    kept = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=rng)
-                    x = x * kept / (1 - self.dropout)
-        low, high = LOG_STD
+
+        def dropped(hidden: Tensor) -> Tensor:
+            return hidden * torch.empty_like(hidden).bernoulli_(1 - self.dropout, generator=rng) / (1 - self.dropout)
+
+        members, (low, high) = self.num_members, LOG_STD
+        x = torch.cat((x, x)) if x.ndim == 3 else x
+        x = self.nets(x, dropped if rng is not None and self.dropout else None)
         return x[:members], low + 0.5 * (high - low) * (x[members:].tanh() + 1)
 
     def _likelihood(
@@ -280,7 +272,7 @@ class InverseDynamics(AbstractModel):
         progress: bool,
     ) -> list[dict[str, float]]:
         """Descend until no member gains any more, and leave every member with its best weights."""
-        tensors = [*self.weights, *self.biases]
+        tensors: list[Tensor] = [*self.nets.parameters()]
         optimizer = torch.optim.Adam(tensors, lr=self.learning_rate)
         least = self._nll(held_windows, held_action)
         best = [tensor.detach().clone() for tensor in tensors]

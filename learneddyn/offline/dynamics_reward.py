@@ -38,8 +38,8 @@ from tqdm import tqdm
 from learneddyn.core import DataError, Transitions, generator
 from learneddyn.models import AbstractModel, FitReport
 from learneddyn.models.attempt import attempt
+from learneddyn.models.nets import BatchedMLP
 from learneddyn.offline.base import descend
-from learneddyn.offline.nets import BatchedMLP
 from learneddyn.spaces import Spaces
 
 LEAST, MOST = (math.log1p(math.exp(side)) for side in (-1, 1))

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from learneddyn.core import DataError, Json, Policy, Transitions, generator
 from learneddyn.evaluation.stats import Estimate, crossed_interval
+from learneddyn.models.nets import BatchedMLP
 from learneddyn.offline.base import Diverged
 from learneddyn.offline.dataset import bounds, check, scaled
-from learneddyn.offline.nets import BatchedMLP
 from learneddyn.offline.policy import Normaliser
 from learneddyn.spaces import Spaces, decode, encode
 

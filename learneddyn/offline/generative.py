@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import mish
 
-from learneddyn.offline.nets import BatchedMLP
+from learneddyn.models.nets import BatchedMLP
 from learneddyn.offline.policy import Actor, Normaliser
 
 EMBEDDING = 64

@@ -11,7 +11,7 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from torch import Tensor, nn
 
 from learneddyn.agents.update import HALF_LOG_2PI, TANH_SLACK
-from learneddyn.offline.nets import BatchedMLP
+from learneddyn.models.nets import BatchedMLP
 from learneddyn.spaces import flat_dim
 
 ARCHITECTURE = (256, 256)

@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.nn.functional import mish
 
 from learneddyn.core import Transitions, generator
+from learneddyn.models.nets import BatchedMLP
 from learneddyn.models.windows import linked
 from learneddyn.offline.base import OfflineAlgorithm, descend
 from learneddyn.offline.dataset import Data
 from learneddyn.offline.diffusion import NoiseSchedule
-from learneddyn.offline.nets import BatchedMLP
 from learneddyn.offline.policy import FlatPolicy, Normaliser
 from learneddyn.offline.proposer import PROPOSERS, Proposer, masked_mean
 from learneddyn.offline.temporal import TemporalUNet, TrajectoryDiffusion

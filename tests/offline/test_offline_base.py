@@ -12,8 +12,8 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.monitor import Monitor
 
 from learneddyn.core import DataError, Transitions, generator
+from learneddyn.models.nets import BatchedMLP
 from learneddyn.offline import BC, CQL, EDAC, IQL, SACN, TD3BC, Cosine, Diverged, OfflineSAC, OfflineTD3, ReBRAC
-from learneddyn.offline.nets import BatchedMLP
 from learneddyn.spaces import Spaces, encode
 from learneddyn.testing import check_policy
 

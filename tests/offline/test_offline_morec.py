@@ -11,6 +11,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 
 from learneddyn.core import DataError, Outcome, Prediction, State, Task, Transitions, generator
 from learneddyn.models import ModelFileError, ProbabilisticEnsemble
+from learneddyn.models.nets import BatchedMLP
 from learneddyn.offline import (
     MOBILE,
     MOREC,
@@ -21,7 +22,6 @@ from learneddyn.offline import (
     dynamics_reward,
 )
 from learneddyn.offline.dynamics_reward import LEAST, MOST
-from learneddyn.offline.nets import BatchedMLP
 from learneddyn.offline.transition_filter import Threshold, threshold_of
 from learneddyn.spaces import Spaces
 from learneddyn.tasks.endless import never

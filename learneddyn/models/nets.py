@@ -54,8 +54,13 @@ class BatchedMLP(nn.Module):
         # The same parameters: reading a ParameterList costs as much as a small product.
         self._layers = list(zip(self.weights, self.biases, strict=True))
 
-    def forward(self, x: Float[Tensor, "... b i"]) -> Float[Tensor, "n b k"]:
-        """Return every net's output; rows ``[b, i]`` go to all nets, rows ``[n, b, i]`` each to its own."""
+    def forward(
+        self, x: Float[Tensor, "... b i"], after: Callable[[Tensor], Tensor] | None = None
+    ) -> Float[Tensor, "n b k"]:
+        """Return every net's output; rows ``[b, i]`` go to all nets, rows ``[n, b, i]`` each to its own.
+
+        ``after`` is applied to the output of every hidden layer ``[n, b, width]``, for example dropout.
+        """
         x = x.expand(self.count, -1, -1)
         last = len(self._layers) - 1
         for layer, (weight, bias) in enumerate(self._layers):
@@ -64,4 +69,5 @@ class BatchedMLP(nn.Module):
                 x = self._activation(x)
                 if self._normalise:
                     x = layer_norm(x, x.shape[-1:]) * self.gains[layer] + self.offsets[layer]
+                x = x if after is None else after(x)
         return x
