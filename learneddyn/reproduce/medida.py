@@ -12,6 +12,7 @@ from torch import Tensor
 
 from learneddyn.core import Json, Transitions, generator
 from learneddyn.evaluation.stats import bootstrap_interval
+from learneddyn.integrate import rk4
 from learneddyn.models import Hybrid
 from learneddyn.runs import Notify
 from learneddyn.runs.claims import Claim, Finding, panels
@@ -31,21 +32,13 @@ def pendulum(
     obs: Float[Tensor, "b 2"], action: Float[Tensor, "b 1"], dt: float, gain: float, friction: float, drag: float
 ) -> Float[Tensor, "b 2"]:
     """Return (angle, angular velocity) after ``dt`` seconds: g / l = 9.81, by Runge-Kutta in steps of 0.01 s."""
-    steps = max(1, round(dt / 0.01))
-    h = dt / steps
 
     def slope(state: Tensor) -> Tensor:
         angle, speed = state.unbind(dim=1)
         pull = -9.81 * angle.sin() + gain * action[:, 0] + friction * speed + drag * speed.abs() * speed
         return torch.stack([speed, pull], dim=1)
 
-    for _ in range(steps):
-        one = slope(obs)
-        two = slope(obs + 0.5 * h * one)
-        three = slope(obs + 0.5 * h * two)
-        four = slope(obs + h * three)
-        obs = obs + h / 6 * (one + 2 * two + 2 * three + four)
-    return obs
+    return rk4(slope, obs, dt, max(1, round(dt / 0.01)))
 
 
 def prior(obs: Float[Tensor, "b 2"], action: Float[Tensor, "b 1"], dt: float) -> Float[Tensor, "b 2"]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from learneddyn.core import Json, Transitions, generator
 from learneddyn.evaluation.stats import bootstrap_interval
+from learneddyn.integrate import rk4
 from learneddyn.models import MixER
 from learneddyn.runs import Notify
 from learneddyn.runs.claims import Claim, Finding, panels
@@ -44,11 +45,7 @@ def pairs(family: str, c: float, rows: int, rng: torch.Generator) -> tuple[Tenso
     """Return random states and what becomes of them in one step of Runge-Kutta."""
     x = torch.rand(rows, 2, generator=rng)
     x = 0.2 + 3 * x if family == "Lotka-Volterra" else 6 * x - 3
-    one = slope(family, x, c)
-    two = slope(family, x + 0.5 * DT * one, c)
-    three = slope(family, x + 0.5 * DT * two, c)
-    four = slope(family, x + DT * three, c)
-    return x, x + DT / 6 * (one + 2 * two + 2 * three + four)
+    return x, rk4(lambda state: slope(family, state, c), x, DT)
 
 
 def log(parameters: list[tuple[str, float]], rows: int, rng: torch.Generator) -> Transitions:
