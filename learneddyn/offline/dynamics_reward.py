@@ -42,8 +42,6 @@ from learneddyn.models.nets import BatchedMLP
 from learneddyn.offline.base import descend
 from learneddyn.spaces import Spaces
 
-LEAST, MOST = (math.log1p(math.exp(side)) for side in (-1, 1))
-"""Bounds of r^D."""
 SCALE = 0.8, 1.0
 """Ranges that observations and actions of the log are scaled to, plus and minus."""
 LOG_STD = (-5.0, 1.0)

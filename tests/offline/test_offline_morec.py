@@ -21,13 +21,13 @@ from learneddyn.offline import (
     TransitionFilter,
     dynamics_reward,
 )
-from learneddyn.offline.dynamics_reward import LEAST, MOST
 from learneddyn.offline.transition_filter import Threshold, threshold_of
 from learneddyn.spaces import Spaces
 from learneddyn.tasks.endless import never
 from learneddyn.testing import check_policy, check_world
 from learneddyn.world import PENALTIES, World
 
+LEAST, MOST = (math.log1p(math.exp(side)) for side in (-1, 1))  # of r^D: x / (1 + |x|) lies in (-1, 1)
 QUICK = {
     "snapshots": 3,
     "games": 2,
