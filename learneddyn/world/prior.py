@@ -83,6 +83,8 @@ class _Simulator:
         from mujoco import MjData, rollout
 
         nq, nv, rows = self.model.nq, self.model.nv, len(obs)
+        if not rows:  # of which mujoco.rollout crashes the process
+            return obs
         inputs = torch.cat([obs, action], dim=1)
         lost = ~(inputs.isfinite() & (inputs.abs() < _LARGEST)).all(dim=1)
         qpos, qvel = self.codec.to_simulator(torch.where(lost[:, None], 0.0, obs))

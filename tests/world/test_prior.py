@@ -52,6 +52,7 @@ def test_rows_do_not_know_each_other():
     together = simulated(obs, action, task=POLE)
     assert together.dtype == torch.float32
     assert torch.equal(together[7:8], simulated(obs[7:8], action[7:8], task=POLE))
+    assert simulated(obs[:0], action[:0], task=POLE).shape == (0, 4)
     torch.set_num_threads(2)
     try:
         assert torch.equal(simulated(obs, action, task=POLE), together)
