@@ -26,8 +26,8 @@ PARTS = {
         model={"num_members": 5, "num_elites": 5, "hidden": [128, 128], "scale_targets": True, "weight_decay": 1e-5}
         | {"learn_reward": True, "max_epochs": 30},
         updates={"BC": 20_000, "IQL": 20_000, "MOPO": 30_000, "RAVL": 20_000, "MOREC": 25_000},
-        shared={"policy_kwargs": {"net_arch": [128, 128]}},
-        imagined={"actor_learning_rate": 3e-4, "ent_coef_learning_rate": 3e-4}
+        shared={"policy_kwargs": {"net_arch": [128, 128]}, "normalize_obs": True},
+        imagined={"actor_learning_rate": 3e-4, "ent_coef_learning_rate": 3e-4, "real_ratio": 0.5}
         | {"rollout_every": 500, "rollout_batch": 2000, "retain": 20},
         own={
             "MOPO": {"penalty": "ensemble_std", "penalty_weight": "quantile:0.5"},
@@ -51,5 +51,8 @@ CLAIM = claim_of(
     (),
     "Model-based methods make more of logs of a poor hopper than its clone does; here with a hundredth of the updates.",
     "Published scores take 1 to 3 million updates; these are a hundredth of that, and are no comparison with them. For "
-    "the CPU's sake RAVL has 5 critics (10 in its source).",
+    "the CPU's sake RAVL has 5 critics (10 in its source). Half of a batch is logged and observations standardised. "
+    "Tried before the run, for MOPO on the medium data of seed 0: with the sources' 5 % and raw observations it earned "
+    "11 after 30,000 updates, with half the batch logged 220 after 9,000, with both 525 after 18,000; a penalty four "
+    "times as large made falling the best that a model promised, 9 after 9,000.",
 )
