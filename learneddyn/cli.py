@@ -1,6 +1,4 @@
-"""The command line: collect, fit, train, evaluate, render, demo, mbpo, pets, offline, sweep, reproduce, list.
-
-Only it reads configs.
+"""The command line: one function a command, listed in `COMMANDS`. Only it reads configs.
 
 Every command takes ``--config FILE`` or ``--config NAME`` (a preset that ships, see ``learneddyn list``) and overrides
 on top of it; ``--print_config`` shows what it would run with. Unknown keys are errors.
@@ -12,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from importlib import import_module
 from importlib.resources import files
@@ -31,8 +29,18 @@ from learneddyn import tasks
 from learneddyn.agents.pets import PETS, described
 from learneddyn.core import Transitions, generator
 from learneddyn.data import collect as collect_steps
-from learneddyn.data import collect_grade, load, load_action_free, load_agent
+from learneddyn.data import (
+    collect_grade,
+    decimate,
+    from_csv,
+    from_parquet,
+    load,
+    load_action_free,
+    load_agent,
+    save,
+)
 from learneddyn.data.grades import Grade, algorithms
+from learneddyn.data.logs import Gaps, LastRow
 from learneddyn.envs import check_settings, first_observations, load_world, save_world, world_names
 from learneddyn.evaluation import Round
 from learneddyn.evaluation.render import side_by_side
@@ -46,12 +54,14 @@ from learneddyn.runs import (
     RoundsConfig,
     RunFolder,
     check_real_spaces,
+    comparison,
     for_each_seed,
     judge_agent,
     read_rounds,
     run_rounds,
     train_in_world,
 )
+from learneddyn.runs.cells import Cells
 from learneddyn.runs.claims import publish, run_claim, told, verdict
 from learneddyn.runs.offline import (
     Outcome,
@@ -150,6 +160,109 @@ def collect(
     episodes = len(data.episode.unique())
     console.print(f"{dataset_id}: {len(data)} steps, {episodes} episodes, {float(data.reward.sum()) / episodes:.1f} "
                   "mean return (cut-off episodes included)")  # fmt: skip
+
+
+def import_logs(
+    files: list[str],
+    dataset_id: str,
+    obs: list[str] | None = None,
+    action: list[str] | None = None,
+    reward: str | None = None,
+    terminated: str | None = None,
+    episode: str | None = None,
+    next_obs: list[str] | None = None,
+    truncated: str | None = None,
+    time: str | None = None,
+    gaps: Gaps = "refuse",
+    last_row: LastRow | None = None,
+    discrete: bool | int = False,
+    delimiter: str = ",",
+    every: int = 1,
+    episode_steps: int | None = None,
+    env_id: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Turn measured logs, CSV or Parquet files, into a Minari data set that all other commands take.
+
+    Args:
+        files: one or several files, or folders of them; no episode goes on in the next file.
+        dataset_id: of the data set to write, (namespace/)name-v0.
+        obs: columns of the observation.
+        action: columns of the action; none for a system that nobody acts on.
+        reward: column of the reward; zeros without.
+        terminated: column that is true where the step truly ended the episode.
+        episode: column of the episode's number or name; without, each file is one, cut after terminated or truncated.
+        next_obs: columns of the observation after the step, where the log has them.
+        truncated: column that is true where an episode was cut off.
+        time: column of time stamps, which must be evenly spaced within an episode.
+        gaps: refuse a log with uneven time steps, or split its episodes there.
+        last_row: what an episode's last row is (learneddyn.data.from_arrays): its final state, or a step to drop.
+        discrete: the action is one column of integers; a number tells how many there are.
+        delimiter: between the cells of a CSV file.
+        every: join so many rows to one step, with the mean of their actions and the sum of their rewards.
+        episode_steps: cut longer recordings into episodes of so many steps.
+        env_id: Gymnasium id of an environment that the log is of.
+        overwrite: replace a data set of the same id.
+    """
+    found = [inner for path in map(Path, files) for inner in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    parquet = {path.suffix == ".parquet" for path in found}
+    if len(parquet) != 1:
+        raise ValueError(f"files must be all CSV or all Parquet, got {[path.name for path in found]}")
+    if episode_steps is not None and episode_steps < 2:
+        raise ValueError(f"episode_steps must be null or at least 2, got {episode_steps}")
+    columns: dict[str, Any] = {"obs": obs or (), "action": action or (), "reward": reward, "terminated": terminated}
+    columns |= {"episode": episode, "next_obs": next_obs, "truncated": truncated, "time": time}
+    given = columns | {"gaps": gaps, "last_row": last_row, "discrete": discrete}
+    data = from_parquet(found, **given) if parquet == {True} else from_csv(found, **given, delimiter=delimiter)
+    data = decimate(data, every)
+    if episode_steps is not None:
+        piece = data.positions() // episode_steps
+        data = replace(data, episode=data.episode * (int(piece.max()) + 1) + piece)
+    save(data, dataset_id, env_id=env_id, description=f"imported from {', '.join(path.name for path in found)}",
+         overwrite=overwrite)  # fmt: skip
+    console.print(
+        f"{dataset_id}: {len(data)} steps, {len(data.episode.unique())} episodes, {data.obs.shape[1]} columns of "
+        f"observation, {data.action.shape[1]} of action, {int(data.terminated.sum())} terminations"
+    )
+
+
+def compare(
+    dataset: list[str],
+    out: str = "runs/compare",
+    angles: list[int] | None = None,
+    known: dict[str, dict[str, Any]] | None = None,
+    max_rows: int = 10_000,
+    seeds: list[int] | None = None,
+    workers: int | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> None:
+    """Fit every model class on your data and compare open-loop error, calibration and cost in one table.
+
+    A fifth of the episodes judges. Fits are short, and no class is tuned to the data (learneddyn.runs.comparison).
+
+    Args:
+        dataset: ids of Minari data sets, each compared on its own; see ``learneddyn import`` for logs of yours.
+        out: run folder; comparison.md and comparison.png show the result.
+        angles: observation columns that are angles in radians.
+        known: what is known of the system, arguments by class: {Hybrid: {prior: module.function, dt: 0.01}}.
+        max_rows: take the first so many rows of a data set.
+        seeds: of splits and fits, by default 0, 1, 2.
+        workers: processes at once, by default one per core.
+        resume: go on with the run in the folder.
+        progress: show progress.
+    """
+    chosen, dataset = seeds or [0, 1, 2], _ids(dataset)
+    comparison.check_known(known or {})
+    settings = {"dataset": dataset, "angles": angles, "known": known, "max_rows": max_rows, "seeds": chosen}
+    work = partial(_one_comparison, dataset, tuple(angles or ()), known or {}, max_rows, Path(out))
+    _logs_of(dataset, tuple(angles or ()), {}, max_rows, chosen[0])  # mistakes must not cost a process
+    folder = RunFolder(out, settings, resume=resume)
+    figures = for_each_seed(work, chosen, workers=workers, progress=progress)
+    path = comparison.write(folder.path, figures)
+    for line in comparison.told_best(figures):
+        console.print(line, soft_wrap=True)
+    console.print(str(path), soft_wrap=True)
 
 
 def fit(
@@ -814,6 +927,8 @@ def list_all() -> None:
 
 COMMANDS: dict[str, Any] = {
     "collect": collect,
+    "import": import_logs,
+    "compare": compare,
     "fit": fit,
     "train": train,
     "evaluate": evaluate,
@@ -911,6 +1026,33 @@ def _one_seed(
             parts.append(collect_grade(config.real_id, **common | (grade_kwargs if grade != "random" else {})))
         data = Transitions.cat(parts)
     return run_rounds(config, fresh, data, home, seed=seed, device=device, notify=notify)
+
+
+def _logs_of(
+    dataset: list[str], angles: tuple[int, ...], known: dict[str, Any], max_rows: int, seed: int
+) -> list[comparison.Log]:
+    logs = []
+    for name in dataset:
+        data = load(name)[:max_rows]
+        if wrong := [column for column in angles if not 0 <= column < data.obs.shape[1]]:
+            raise ValueError(f"angles must be columns 0 to {data.obs.shape[1] - 1} of {name!r}, got {wrong}")
+        logs.append(comparison.Log(name, *objectives.split_log(data, seed=seed), angles=angles, known=known))
+    return logs
+
+
+def _one_comparison(
+    dataset: list[str],
+    angles: tuple[int, ...],
+    known: dict[str, Any],
+    max_rows: int,
+    folder: Path,
+    seed: int,
+    notify: Notify,
+) -> dict[str, Any]:
+    """Play all cells of one seed; runs in a process of its own."""
+    logs = _logs_of(dataset, angles, known, max_rows, seed)
+    cells = Cells(folder / f"seed-{seed}", notify, comparison.count(logs))
+    return {log.name: comparison.compare(log, seed, cells) for log in logs}
 
 
 def _online_agent(

@@ -1,0 +1,113 @@
+"""Model classes side by side: all of them take part, the known best wins, and what cannot be fitted is shown."""
+
+import inspect
+
+import pytest
+import torch
+
+from learneddyn import models
+from learneddyn.core import generator
+from learneddyn.data import from_arrays
+from learneddyn.models import AbstractContinual, AbstractDynamics
+from learneddyn.offline.objectives import split_log
+from learneddyn.runs import comparison
+from learneddyn.runs.cells import FAILED, Cells
+from learneddyn.runs.comparison import EXCLUDED, Log, Rival, compare, count, rivals
+from learneddyn.runs.seeds import silent
+
+MATRIX = torch.tensor([[0.9, 0.2], [-0.2, 0.9]])
+
+
+def spiral(episodes=8, steps=60, seed=0):
+    """Log x' = A x + (0, u), a system that linear models know exactly."""
+    rng, states, actions = generator(seed), [], []
+    for _ in range(episodes):
+        path, pushes = [torch.randn(2, generator=rng)], torch.randn(steps, 1, generator=rng)
+        for push in pushes:
+            path.append(MATRIX @ path[-1] + torch.cat([torch.zeros(1), push]))
+        states.append(torch.stack(path).numpy())
+        actions.append(pushes.numpy())
+    return from_arrays(states, actions, source="spiral")
+
+
+@pytest.fixture(scope="module")
+def log():
+    return Log("spiral", *split_log(spiral()))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leave four classes: two that fit in closed form, one that is excluded, one that breaks."""
+    named = ["Koopman", "SINDy", "MixER", "MultiHead"]
+    monkeypatch.setattr(models, "__all__", named)
+    monkeypatch.setattr(models.MultiHead, "fit_task", lambda *_, **__: torch.zeros(2) + torch.zeros(3))
+    monkeypatch.setattr(comparison, "SPEED_SECONDS", 0.01)
+    monkeypatch.setattr(comparison, "SETTINGS", {"Koopman": {"linear": {"degree": 1}}, "SINDy": {"": {"degree": 2}}})
+
+
+def test_every_model_class_takes_part_or_says_why_not(log):
+    rows = rivals(log)
+    classes = {name.partition(",")[0] for name in rows}
+    exported = {name: getattr(models, name) for name in models.__all__}
+    wanted = {
+        name
+        for name, kind in exported.items()
+        if isinstance(kind, type)
+        and issubclass(kind, AbstractDynamics | AbstractContinual)
+        and not inspect.isabstract(kind)
+    }
+    assert classes == wanted
+    assert len(rows) > len(classes), "some classes have variants"
+    assert "MixER" in rows
+    assert "several environments" in rows["MixER"]
+    for rival in rows.values():
+        if isinstance(rival, Rival):
+            rival.kind(**rival.arguments)
+    known = Log("spiral", log.train, log.held_out, angles=(1,), known={"MixER": {"environments": 2}})
+    rows = rivals(known)
+    assert rows["MixER"].arguments["environments"] == 2
+    assert rows["NeuralODE"].arguments["updates"] == comparison.BUDGET["updates"]
+    assert rows["ProbabilisticEnsemble"].arguments["angles"] == [1]
+
+
+def test_closed_forms_know_a_linear_system_and_cells_are_kept(log, quick, tmp_path, monkeypatch):
+    cells = Cells(tmp_path, silent, count([log]))
+    assert cells.total == 3
+    found = compare(log, 0, cells)
+    assert found["Koopman, linear"]["one"] < 1e-5
+    assert found["Koopman, linear"]["far"] < 1e-4
+    assert found["SINDy"]["far"] < 1e-3
+    assert found["SINDy"]["horizon"] == 50
+    assert found["SINDy"]["still"][1] > 0.1
+    assert found["SINDy"]["rate"] > 1000
+    assert found["MixER"] == {EXCLUDED: comparison.REASONS["MixER"]}
+    assert "RuntimeError: The size of tensor" in found["MultiHead"][FAILED]
+    monkeypatch.setattr(comparison, "judge", lambda *_: pytest.fail("this cell was there"))
+    assert compare(log, 0, Cells(tmp_path, silent, 3)) == found
+    other = Log("spiral", *split_log(spiral(seed=1)))
+    with pytest.raises(pytest.fail.Exception, match="this cell was there"):
+        compare(other, 0, Cells(tmp_path, silent, 3))
+
+
+def test_the_table_shows_what_failed_diverged_or_cannot_take_part(log, quick, tmp_path):
+    figures = {seed: {"spiral": compare(log, seed, Cells(tmp_path / str(seed), silent, 3))} for seed in (0, 1)}
+    figures[1]["spiral"]["SINDy"] = figures[1]["spiral"]["SINDy"] | {"far": None}
+    path = comparison.write(tmp_path, figures)
+    text = path.read_text()
+    assert "| spiral, k = 50 | *no change* |" in text
+    assert "| spiral | MultiHead | **failed** 2x: ValueError: RuntimeError: The size" in text
+    assert "| spiral | MixER | *tells several environments apart" in text
+    assert "diverged 1x" in text
+    assert all(line.count("|") == 10 for line in text.splitlines())
+    assert (tmp_path / "comparison.png").stat().st_size > 1000
+    assert comparison.best(figures, "spiral")[0] == "Koopman, linear"
+    assert comparison.told_best(figures)[1].startswith("spiral, 50 steps: Koopman, linear")
+    assert comparison.estimate(figures, "spiral", "SINDy", "far") is None
+
+
+def test_knowledge_that_nobody_asks_for_is_refused():
+    comparison.check_known({"Hybrid": {"dt": 0.1}})
+    with pytest.raises(ValueError, match=r"known may hold arguments of ComponentLaw, .*, got 'SINDy'"):
+        comparison.check_known({"SINDy": {"degree": 1}})
+    with pytest.raises(ValueError, match="Hybrid does not take physics; it takes prior"):
+        comparison.check_known({"Hybrid": {"physics": "x"}})
