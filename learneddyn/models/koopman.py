@@ -6,8 +6,9 @@ meets model predictive control" (2018), bilinear inputs as in Peitz, Otto, Rowle
 using Interpolated Koopman Generators" (2020). Spectra with certificates are in `learneddyn.evaluation.koopman`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, combinations_with_replacement, pairwise
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,6 +27,17 @@ _BLOCK = 2**22
 """Numbers in a block of lifted rows; a log is lifted and decomposed block by block."""
 _RIDGE = 1e-6
 """Keeps the least squares inside the training of a learned lift of full rank, relative to its rows' norm."""
+
+
+class LinearSystem(NamedTuple):
+    """``psi' = psi @ transition + action @ inputs``, ``y = psi @ readout``, in float64 and the environment's units."""
+
+    transition: Float[Tensor, "n n"]
+    inputs: Float[Tensor, "a n"]
+    readout: Float[Tensor, "n q"]
+    """To the observation, with angles as cosines and then sines behind the other columns."""
+    lift: Callable[[Float[Tensor, "b o"]], Float[Tensor, "b n"]]
+    """From observations to psi."""
 
 
 class Koopman(AbstractRegression):
@@ -168,6 +180,24 @@ class Koopman(AbstractRegression):
         if self.control == "linear":
             return torch.cat([psi, u], dim=1)
         return torch.cat([psi, (u[:, :, None] * psi[:, None, :]).flatten(1)], dim=1)
+
+    def linear_system(self) -> "LinearSystem":
+        """Return the model as matrices, for controllers such as `learneddyn.planners.LinearMPC`.
+
+        Raises:
+            ValueError: the model has not been fitted, its inputs are not linear, or it looks at delayed observations.
+        """
+        self._require_fitted()
+        if self.control != "linear" or self.delays > 1:
+            raise ValueError(
+                f"a linear system needs control='linear' and delays=1, got {self.control!r} and {self.delays}"
+            )
+        n, d = self.advance.shape[1], len(self.shift)
+        readout = torch.zeros(n, d, dtype=torch.float64, device=self.advance.device)
+        readout[0] = self.shift
+        readout[1 : 1 + d] = self.scale.double().diag()
+        inputs = self.advance[n:] / self.action_scale[:, None]
+        return LinearSystem(self.advance[:n], inputs, readout, lambda obs: self.lifted(self.coordinates(obs.double())))
 
     @torch.no_grad()
     def lifted_pairs(self, data: Transitions) -> Iterator[tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]]:

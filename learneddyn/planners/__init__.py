@@ -7,6 +7,7 @@
     GradientPlanner   Adam through a differentiable score
     NewtonPlanner     Newton's method on the plan
     CategoricalCEM    CEM over discrete actions
+    LinearMPC         the optimum for a (lifted) linear model and a quadratic cost; takes its matrices, not a score
     MILP              the proven optimum for a piecewise-affine model; takes its weights, not a score
 
 `learneddyn.agents.MPC` makes a policy of a world and a planner: with CEM and the samplers ``ts1`` or ``tsinf`` it is
@@ -18,6 +19,7 @@ from learneddyn.planners.categorical import CategoricalCEM
 from learneddyn.planners.cem import CEM
 from learneddyn.planners.gradient import GradientPlanner
 from learneddyn.planners.icem import ICEM
+from learneddyn.planners.linear_mpc import LinearMPC
 from learneddyn.planners.milp import MILP
 from learneddyn.planners.mppi import MPPI
 from learneddyn.planners.newton import NewtonPlanner
@@ -32,6 +34,7 @@ __all__ = [
     "CategoricalCEM",
     "Elites",
     "GradientPlanner",
+    "LinearMPC",
     "NewtonPlanner",
     "PlanState",
     "RandomShooting",
