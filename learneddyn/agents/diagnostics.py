@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from learneddyn.core import ActionFn, Dynamics, Penalty, State, Transitions
+from learneddyn.models.base import memory_of
 from learneddyn.models.windows import remaining
 from learneddyn.world import PENALTIES, Divergence, World, mean
 
@@ -109,7 +110,7 @@ def model_error(dynamics: Dynamics, fresh: Transitions, data: Transitions) -> di
     """
     scale = change_scale(data)
     moving = scale.isfinite()
-    prediction = dynamics.predict(fresh.obs, fresh.action)
+    prediction = dynamics.predict(fresh.obs, fresh.action, memory_of(dynamics, fresh))
     mean, std = (part[prediction.elites][..., moving] for part in (prediction.mean, prediction.std))
     error, std = (fresh.next_obs[:, moving] - mean) / scale[moving], std / scale[moving]
     nll = 0.5 * (error / std).square() + std.log() + 0.5 * math.log(2 * math.pi)
@@ -169,7 +170,8 @@ def depth_error(
     depth = min(depth, int(left.max()))
     rows = _some((left >= depth).nonzero().flatten())
     moving = scale.isfinite()
-    state = State(fresh.obs[rows], torch.zeros_like(rows))
+    memory = memory_of(world.dynamics, fresh)
+    state = State(fresh.obs[rows], torch.zeros_like(rows), None if memory is None else memory[rows])
     errors: list[float] = []
     still: list[float] = []
     for step in range(depth):

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from learneddyn.core import Transitions
+from learneddyn.models.base import memory_of
 from learneddyn.world import World
 
 
@@ -34,7 +35,8 @@ def relive(world: World, fresh: Transitions, horizon: int, rng: torch.Generator)
         rng: on the world's device.
     """
     start, steps = _windows(fresh, horizon)
-    state = world.start(fresh.obs[start], rng)
+    state, memory = world.start(fresh.obs[start], rng), memory_of(world.dynamics, fresh)
+    state = state if memory is None else state._replace(memory=memory[start])
     alive = torch.ones(len(start), dtype=torch.bool, device=start.device)
     imagined, real = torch.zeros(2, len(start), device=start.device).unbind()
     parts: list[tuple[Tensor, ...]] = []

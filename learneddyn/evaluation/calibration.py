@@ -21,8 +21,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from learneddyn.core import Dynamics, Json, Transitions
-from learneddyn.evaluation.fidelity import memory_of, rolled, varying_scale, windows_of
+from learneddyn.evaluation.fidelity import rolled, varying_scale, windows_of
 from learneddyn.evaluation.stats import plain
+from learneddyn.models.base import memory_of
 from learneddyn.world import World
 
 LEVELS = (0.5, 0.9)

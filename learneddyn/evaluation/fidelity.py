@@ -17,7 +17,7 @@ from torch import Tensor
 from learneddyn.core import Dynamics, Json, Transitions
 from learneddyn.evaluation.returns import unpenalised
 from learneddyn.evaluation.stats import plain
-from learneddyn.models.base import AbstractDynamics
+from learneddyn.models.base import memory_of
 from learneddyn.models.windows import remaining
 from learneddyn.world import World
 
@@ -226,11 +226,6 @@ def windows_of(
         data.terminated[index],
         alive,
     )
-
-
-def memory_of(dynamics: Dynamics, data: Transitions) -> Float[Tensor, "n m"] | None:
-    """Return what a model remembers before each row; None without memory, and for models that only a world knows."""
-    return dynamics.remembered(data) if isinstance(dynamics, AbstractDynamics) else None
 
 
 @torch.no_grad()

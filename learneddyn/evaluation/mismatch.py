@@ -24,6 +24,7 @@ from learneddyn.core import Dynamics, Json, Transitions
 from learneddyn.evaluation.calibration import normal_nll
 from learneddyn.evaluation.stats import Estimate, correlation
 from learneddyn.models import ProbabilisticEnsemble
+from learneddyn.models.base import memory_of
 
 Judge = Callable[[Dynamics], float]
 """The return, in the real environment, of a controller that acts by this model."""
@@ -36,8 +37,9 @@ def log_likelihood(model: Dynamics, data: Transitions, *, chunk: int = 10_000) -
     An ensemble is the even mixture of its elites; no weight of the loss enters.
     """
     total = torch.zeros((), dtype=torch.float64, device=data.device)
+    memory = memory_of(model, data)
     for rows in torch.arange(len(data), device=data.device).split(chunk):
-        said = model.predict(data.obs[rows], data.action[rows])
+        said = model.predict(data.obs[rows], data.action[rows], None if memory is None else memory[rows])
         mean, std = said.mean[said.elites], said.std[said.elites]
         logs = -normal_nll(data.next_obs[rows].expand_as(mean), mean, std).double().sum(dim=2)
         total += (logs.logsumexp(dim=0) - math.log(len(logs))).sum()

@@ -17,7 +17,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 import learneddyn
-from learneddyn.core import Json, Outcome, Prediction, Transitions
+from learneddyn.core import Dynamics, Json, Outcome, Prediction, Transitions
 from learneddyn.files import replaced_folder, surviving_folder, write_file
 from learneddyn.models.windows import along
 from learneddyn.spaces import Spaces
@@ -217,6 +217,11 @@ class AbstractDynamics(AbstractModel):
         noise: bool = True,
     ) -> Outcome:
         """Ask one member per row: the fast path of every rollout."""
+
+
+def memory_of(dynamics: Dynamics, data: Transitions) -> Float[Tensor, "n m"] | None:
+    """Return what a model remembers before each row of a log; None where it is no AbstractDynamics, or keeps none."""
+    return dynamics.remembered(data) if isinstance(dynamics, AbstractDynamics) else None
 
 
 def blueprint(model: AbstractModel) -> Json:

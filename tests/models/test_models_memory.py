@@ -10,10 +10,12 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from learneddyn.agents import MPC
+from learneddyn.agents.diagnostics import change_scale, depth_error, model_error
 from learneddyn.core import Task, generator
 from learneddyn.envs import LearnedVectorEnv
 from learneddyn.evaluation.calibration import normal_nll, one_step_calibration
 from learneddyn.evaluation.fidelity import fidelity_of_log, step_accuracy
+from learneddyn.evaluation.mismatch import log_likelihood
 from learneddyn.models import PLRNN, Koopman
 from learneddyn.planners import RandomShooting
 from learneddyn.testing import example_transitions
@@ -131,6 +133,11 @@ def test_evaluation_remembers_what_came_before(model):
     sharp = one_step_calibration(model, data)
     expected = normal_nll(data.next_obs.double(), prediction.mean[0].double(), prediction.std[0].double())
     assert sharp.nll[0] == pytest.approx(expected.mean(dim=0).numpy(), rel=1e-4)
+    assert log_likelihood(model, data) == pytest.approx(-float(expected.sum(dim=1).mean()), rel=1e-4)
+    figures = model_error(model, data, data)
+    assert figures["model/fresh_mse"] == pytest.approx(float((error / change_scale(data)).square().mean()), rel=1e-4)
+    depth, _ = depth_error(world, data, torch.ones(3), depth=1)
+    assert depth["model/depth_error"] == pytest.approx(float(error.square().mean().sqrt()), rel=1e-4)
     accuracy = step_accuracy(world, data, rng=generator(0))
     assert accuracy.reward_rmse == pytest.approx(float(error[:, 0].square().mean().sqrt()), rel=1e-4)
 
@@ -178,3 +185,13 @@ def test_a_restarted_lane_goes_on_as_a_fresh_one(model):
     found = [again.step(action)[0] for action in actions[:2]]
     for one, other in zip(expected, found, strict=True):
         assert one == pytest.approx(other, abs=1e-6)
+
+
+def test_delays_are_learned_as_they_are_remembered():
+    """What a fit puts beside a row is what a walk along the log would remember there, gaps included."""
+    data = example_transitions(60)
+    kept = data[(torch.arange(60) != 5) & (torch.arange(60) != 30)]
+    model = Koopman(lift="linear", delays=3)
+    model.fit(kept, rng=generator(0))
+    lifted = torch.cat([psi for psi, _ in model.lifted_pairs(kept)])
+    torch.testing.assert_close(lifted[:, 1 + 3 :].float(), model.remembered(kept), rtol=1e-4, atol=1e-5)
