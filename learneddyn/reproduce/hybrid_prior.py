@@ -150,7 +150,7 @@ CLAIM = Claim(
     findings=findings,
     draw=draw,
     notes="200 rows are about ten falls. The residual learned from them is right close to the data and wrong further "
-    "on: free runs are better than the engine alone for some five steps, and worse afterwards. Weight decay (AdamW, "
+    "on: free runs are better than the engine alone for some four steps, and worse afterwards. Weight decay (AdamW, "
     "0.3 to 10) was tried on one seed: it brought the error after 20 steps from 0.60 to 0.50 at best, where the engine "
     "alone had 0.40, and it cost accuracy on 2,000 rows.",
 )
