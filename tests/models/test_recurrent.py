@@ -43,8 +43,9 @@ def model(request):
     return built
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", CELLS[1:])
 def test_contract(cell):
+    """The default cell is checked with all public models."""
     check_dynamics(lambda: RecurrentDynamics(cell, **QUICK, **HEADS))
 
 
@@ -89,7 +90,7 @@ def test_a_world_carries_the_memory(model):
 def trained(request):
     """A model of positions alone, and its log."""
     data = oscillator()
-    model = RecurrentDynamics(request.param, updates=150, width=16, order=8, window=25, learning_rate=1e-2)
+    model = RecurrentDynamics(request.param, updates=100, width=16, order=8, window=25, learning_rate=1e-2)
     model.fit(data, rng=generator(0))
     return model, data
 
