@@ -73,6 +73,9 @@ def test_a_good_model_passes():
     check_dynamics(Line)
     check_dynamics(lambda: Line(ridge=0.1))
     check_dynamics(Echo)
+    still = example_transitions()
+    still.obs[:, 2] = still.next_obs[:, 2] = 0.0
+    check_dynamics(Line, still)
     ready = Line()
     ready.fit(example_transitions(), rng=generator(0))
     check_dynamics(ready)
