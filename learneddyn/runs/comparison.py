@@ -170,7 +170,8 @@ def judge(rival: Rival, log: Log, seed: int) -> Json:
     seconds = time.process_time() - begun
     dynamics: AbstractDynamics = model.on(0) if isinstance(model, AbstractContinual) else model
     bare = Task(log.name, reward=_nothing, terminated=never)
-    horizon = min(HORIZON, longest_window(log.held_out, windows=10))
+    longest = longest_window(log.held_out, windows=10) or longest_window(log.held_out)
+    horizon = min(HORIZON, longest)
     followed = fidelity_of_log(
         World(dynamics, bare, sampler="mean"),
         log.held_out,
@@ -245,9 +246,14 @@ def best(figures: Figures, log: str, name: str = "far") -> tuple[str, Estimate] 
     return min(known.items(), key=lambda item: item[1].value) if known else None
 
 
-def still(figures: Figures, log: str) -> tuple[Estimate, Estimate, int]:
-    """Return the errors of predicting no change, after one step and after the last, and how many steps those are."""
-    cells = [next(cell for cell in seed[log].values() if "still" in cell) for seed in figures.values()]
+def still(figures: Figures, log: str) -> tuple[Estimate, Estimate, int] | None:
+    """Return the errors of predicting no change, after one step and after the last, and how many steps those are.
+
+    None where no class could be fitted on the log.
+    """
+    cells = [cell for seed in figures.values() for cell in seed[log].values() if "still" in cell]
+    if not cells:
+        return None
     one, far = (bootstrap_interval([cell["still"][place] for cell in cells]) for place in (0, 1))
     return one, far, int(cells[0]["horizon"])
 
@@ -256,11 +262,10 @@ def told_best(figures: Figures) -> list[str]:
     """Say which class is best on each log, after one step and after the last."""
     lines = []
     for log in next(iter(figures.values())):
-        for name, place in (("one", 0), ("far", 1)):
-            if found := best(figures, log, name):
-                *bars, horizon = still(figures, log)
-                steps = "1 step" if name == "one" else f"{horizon} steps"
-                lines.append(f"{log}, {steps}: {found[0]} {_short(found[1])} sd (no change: {_short(bars[place])})")
+        if bars := still(figures, log):
+            for name, bar, steps in (("one", bars[0], "1 step"), ("far", bars[1], f"{bars[2]} steps")):
+                if found := best(figures, log, name):
+                    lines.append(f"{log}, {steps}: {found[0]} {_short(found[1])} sd (no change: {_short(bar)})")
     return lines
 
 
@@ -281,12 +286,12 @@ def table(figures: Figures) -> str:
     ]
     first = next(iter(figures.values()))
     for log, rows in first.items():
-        if not any("still" in cell for cell in rows.values()):
+        if (bars := still(figures, log)) is None:
             lines += [
                 f"| {log} | {row} | {_why([seed[log][row] for seed in figures.values()])} |||||||" for row in rows
             ]
             continue
-        one, far, horizon = still(figures, log)
+        one, far, horizon = bars
         lines.append(f"| {log}, k = {horizon} | *{NO_CHANGE}* | {_short(one)} | {_short(far)} ||||||")
         for row in rows:
             cells = [seed[log][row] for seed in figures.values()]
@@ -335,8 +340,8 @@ def draw(figures: Figures) -> Figure:
         for row, (one, far) in drawn.items():
             if one is not None:
                 ax.plot(one.value, far.value if far else top, linestyle="", markersize=6, label=row, **looks[row])
-        if any("still" in cell for cell in rows.values()):
-            before, after, horizon = still(figures, log)
+        if bars := still(figures, log):
+            before, after, horizon = bars
             ax.axhline(after.value, color="grey", linewidth=1, linestyle=":")
             ax.axvline(before.value, color="grey", linewidth=1, linestyle=":")
             ax.set_xlabel("error after 1 step (sd)", fontsize=8)
