@@ -388,7 +388,8 @@ def draw(parts: Parts, figures: Figures) -> Figure:
         part = parts[name]
         methods = [method for method in METHODS if method in part.updates]
         if behaviour := reference_of(figures, part, name, grade):
-            ax.axhspan(max(behaviour.low, -10), min(behaviour.high, 130), color="grey", alpha=0.25, linewidth=0)
+            if np.isfinite(behaviour.low):  # one seed alone has no interval
+                ax.axhspan(behaviour.low, behaviour.high, color="grey", alpha=0.25, linewidth=0)
             ax.axhline(behaviour.value, color="grey", linewidth=1)
         if idle := reference_of(figures, part, name, grade, "idle"):
             ax.axhline(idle.value, color="grey", linewidth=1, linestyle=":")
@@ -396,15 +397,17 @@ def draw(parts: Parts, figures: Figures) -> Figure:
             colour = "tab:blue" if method in MODEL_BASED else "tab:grey"
             if score := score_of(figures, part, name, grade, method):
                 ax.bar(place, score.value, color=colour, alpha=0.6)
-                ax.vlines(place, max(score.low, -10), min(score.high, 130), color="black", linewidth=1)
+                if np.isfinite(score.low):
+                    ax.vlines(place, score.low, score.high, color="black", linewidth=1)
                 cells = [seed[name][grade][method] for seed in figures.values()]
                 returns = [cell["return"] for cell in cells if FAILED not in cell]
                 scores = normalized_score(part.task.real_id, returns)
                 ax.plot([place] * len(returns), scores, ".", color="black", markersize=3)
-            for unplayed, told, ink in ((True, UNPLAYED, "tab:grey"), (False, "failed", "tab:red")):
+            for unplayed, told, ink in ((True, UNPLAYED, "0.3"), (False, "failed", "tab:red")):
                 if _count(figures, name, grade, method, unplayed=unplayed):
                     ax.text(place, 2, told, rotation=90, ha="center", va="bottom", fontsize=6, color=ink)
         ax.set_xticks(range(len(methods)), methods, rotation=90, fontsize=7)
+        ax.set_xlim(-0.7, len(methods) - 0.3)
         ax.set_ylim(-5, 112)
         ax.set_title(f"{name}\n{grade}", fontsize=8)
         ax.grid(axis="y", alpha=0.3)
