@@ -52,7 +52,7 @@ def test_recordings_become_a_data_set_and_models_are_compared_on_it(home, capsys
     main([*words, "--angles", "[0]", "--progress", "false"])
     assert "mine/mass-v0, 1 step: Koopman" in capsys.readouterr().out
     text = (home / "compared" / "comparison.md").read_text()
-    assert "| mine/mass-v0 | KinematicBicycle | *holds the equations of a vehicle" in text
+    assert "- KinematicBicycle: holds the equations of a vehicle" in text
     kept = (home / "compared" / "seed-1" / "cells").glob("*.json")
     times = {path: path.stat().st_mtime_ns for path in kept}
     main([*words, "--angles", "[0]", "--progress", "false", "--resume", "true"])

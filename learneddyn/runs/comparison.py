@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from learneddyn import models
@@ -54,7 +55,7 @@ BUDGET: Json = {"updates": 1000, "max_epochs": 40, "epochs": 20}
 SETTINGS: dict[str, dict[str, Json]] = {
     "ComponentLaw": {"": {"updates": 250}},
     "ProbabilisticEnsemble": {"": {"num_members": 5, "num_elites": 5, "hidden": [64, 64], "scale_targets": True}},
-    "SINDy": {"": {"degree": 2, "bootstraps": 5}},
+    "SINDy": {"": {"degree": 2, "bootstraps": 5, "bias": True}},
     "Koopman": {"polynomial": {"degree": 2}, "rbf": {"lift": "rbf", "centres": 100}},
     "PLRNN": {
         "clipped": {"window": 20, "updates": 500},
@@ -279,22 +280,25 @@ def write(folder: Path, figures: Figures) -> Path:
 
 
 def table(figures: Figures) -> str:
-    """Return all figures as one Markdown table, a row per log and class; intervals are over seeds."""
+    """Return all figures as one Markdown table, a row per log and class; intervals are over seeds.
+
+    Classes that cannot take part are listed below it.
+    """
+    out: dict[str, list[str]] = {}
     lines = [
         "| log | model | 1 step | k steps | coverage of 90 % | ECE | fit, CPU s | steps/s | bytes |",
         "|---" * 9 + "|",
     ]
     first = next(iter(figures.values()))
     for log, rows in first.items():
-        if (bars := still(figures, log)) is None:
-            lines += [
-                f"| {log} | {row} | {_why([seed[log][row] for seed in figures.values()])} |||||||" for row in rows
-            ]
-            continue
-        one, far, horizon = bars
-        lines.append(f"| {log}, k = {horizon} | *{NO_CHANGE}* | {_short(one)} | {_short(far)} ||||||")
+        if bars := still(figures, log):
+            one, far, horizon = bars
+            lines.append(f"| {log}, k = {horizon} | *{NO_CHANGE}* | {_short(one)} | {_short(far)} ||||||")
         for row in rows:
             cells = [seed[log][row] for seed in figures.values()]
+            if EXCLUDED in cells[0]:
+                out.setdefault(f"{row}: {cells[0][EXCLUDED]}", []).append(log)
+                continue
             if why := _why(cells):
                 lines.append(f"| {log} | {row} | {why} |||||||")
                 continue
@@ -303,13 +307,12 @@ def table(figures: Figures) -> str:
             cost = [float(np.mean([cell[name] for cell in cells])) for name in ("fit", "rate", "bytes")]
             shown += [f"{cost[0]:.2g}" if cost[0] < 10 else f"{cost[0]:.0f}", f"{cost[1]:.2g}", f"{cost[2]:,.0f}"]
             lines.append(f"| {log} | {row} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+    left = [f"- {why} ({', '.join(where)})" for why, where in out.items()]
+    return "\n".join([*lines, "", "Left out:", "", *left] if left else lines)
 
 
 def _why(cells: Sequence[Json]) -> str:
-    """Say why a row has no figures, "" where it has."""
-    if EXCLUDED in cells[0]:
-        return f"*{cells[0][EXCLUDED]}*"
+    """Say why a class could not be fitted, "" where it could."""
     failed = [cell[FAILED] for cell in cells if FAILED in cell]
     return f"**failed** {len(failed)}x: {failed[0]}".replace("|", "/") if failed else ""
 
@@ -324,7 +327,7 @@ def _short(value: Estimate) -> str:
 
 
 def draw(figures: Figures) -> Figure:
-    """Show one-step error against k-step error, a panel per log; dotted: no change; at the top: diverged."""
+    """Show one-step error against k-step error, a panel per log; dotted: no change; hollow, at the top: diverged."""
     first = next(iter(figures.values()))
     figure, axes = panels(len(first), width=2.6, height=3.6)
     names = list(dict.fromkeys(row for rows in first.values() for row, cell in rows.items() if EXCLUDED not in cell))
@@ -339,7 +342,8 @@ def draw(figures: Figures) -> Figure:
         top = 3 * max(ends, default=1.0)
         for row, (one, far) in drawn.items():
             if one is not None:
-                ax.plot(one.value, far.value if far else top, linestyle="", markersize=6, label=row, **looks[row])
+                style = looks[row] | {"linestyle": "", "markersize": 6, "label": row}
+                ax.plot(one.value, far.value if far else top, fillstyle="full" if far else "none", **style)
         if bars := still(figures, log):
             before, after, horizon = bars
             ax.axhline(after.value, color="grey", linewidth=1, linestyle=":")
@@ -347,7 +351,11 @@ def draw(figures: Figures) -> Figure:
             ax.set_xlabel("error after 1 step (sd)", fontsize=8)
             ax.set_title(f"{log}\n(k = {horizon})", fontsize=8)
         ax.set(xscale="log", yscale="log")
-    axes[0].set_ylabel("error after k steps (sd; top: diverged)", fontsize=8)
+        for axis in (ax.xaxis, ax.yaxis):  # a panel may span less than a power of ten
+            axis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=7))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+    axes[0].set_ylabel("error after k steps (sd; hollow: diverged)", fontsize=8)
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=7)
     return figure
