@@ -30,7 +30,7 @@ def short(monkeypatch):
         (teacher_forcing, "UPDATES", 5),
         (teacher_forcing, "PENDULUM_UPDATES", 5),
         (teacher_forcing, "PLAYED", 4),
-        (al_rnn, "UPDATES", 5),
+        (al_rnn, "RUNS", {name: (relus, 5) for name, (relus, _) in al_rnn.RUNS.items()}),
         (neural_ode, "UPDATES", 3),
         (neural_ode, "CAUSAL_UPDATES", 2),
         (neural_ode, "TRAJECTORY", 8),
@@ -76,12 +76,13 @@ def test_the_pendulum_is_gymnasiums():
 
 def test_al_rnn(tmp_path):
     measured = al_rnn.measure(0, tmp_path, silent)
-    assert measured["0"]["regions"] == 1
+    assert measured["linear"]["regions"] == 1
     good = copy.deepcopy(measured)
-    good["10"] |= {"d_stsp": 2.4, "regions": 40}
-    good["0"]["d_stsp"] = 12.0
+    for run in ("3000 updates", "12000 updates"):
+        good[run] |= {"d_stsp": 2.4, "regions": 40}
+    good["linear"]["d_stsp"] = 12.0
     assert all(judged(al_rnn, good))
-    good["10"]["d_stsp"] = 2.6
+    good["12000 updates"]["d_stsp"] = 2.6
     assert not all(judged(al_rnn, good))
 
 
