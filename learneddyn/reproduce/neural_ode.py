@@ -21,7 +21,7 @@ from learneddyn.spaces import Spaces
 
 UPDATES, CAUSAL_UPDATES = 700, 300
 STEPS, DT = 20, 0.1
-STRENGTH = 5.0
+STRENGTH, FINAL_STRENGTH = 4.0, 2.0
 TRAJECTORY, LORENZ_DT = 66, 0.05
 """Steps of the Lorenz trajectory: three Lyapunov times."""
 SHARPNESSES = (1e-2, 1e-1, 1.0, 10.0)
@@ -59,7 +59,7 @@ def measure(seed: int, home: Path, notify: Notify) -> Json:
         model = NeuralODE(
             dt=DT, solver="dopri5", tolerance=1e-5, window=STEPS, updates=UPDATES, batch_size=64, learning_rate=1e-2,
             final_learning_rate=5e-4, regularisation=regularisation, strength=STRENGTH,
-            final_strength=STRENGTH / 10,
+            final_strength=FINAL_STRENGTH,
         )  # fmt: skip
         history = model.fit(data, rng=generator(seed)).history
         with torch.no_grad():
@@ -155,5 +155,7 @@ CLAIM = Claim(
     findings=findings,
     draw=draw,
     notes="The embedded step has the solver's own length at the drawn time. With a step that is shorter than the "
-    "solver's the estimate is negligible and nothing happens.",
+    "solver's the estimate is negligible and nothing happens. The strength trades evaluations for error (seed 0 after "
+    "450 updates; evaluations and mean square error of the test): none 68, 0.13; 5 falling to 0.5: 56, 0.12; a "
+    "constant 4: 44, 0.25; 9 falling to 0.9: 26, 1.1.",
 )
