@@ -24,7 +24,7 @@ TERMS = [
     "1", "x1", "u0", "sin(x0)", "cos(x0)", "x1^2", "|x1| x1", "x1^3", "x1 sin(x0)", "x1 cos(x0)", "u0 sin(x0)",
     "u0 cos(x0)", "u0 x1", "tanh(x1/0.1)", "sin(x0) cos(x0)",
 ]  # fmt: skip
-SETTINGS = {"clean": (100, 0.02, 0.0), "noisy": (4000, 0.1, 0.01)}
+SETTINGS = {"clean": (100, 0.02, 0.0), "noisy": (16_000, 0.06, 0.01)}
 """Pairs, seconds between the two observations of a pair, observation noise in standard deviations of the data."""
 
 
@@ -114,8 +114,8 @@ def findings(figures: dict[int, Json]) -> list[Finding]:
     return [
         Finding("clean pairs (100): share of runs that name exactly the missing terms", named, "1", named.value == 1.0),
         Finding("clean pairs (100): largest relative error of a coefficient", clean, "< 0.01", clean.high < 0.01),
-        Finding("noisy pairs (4000): largest relative error, corrected filter", noisy, "< 0.2", noisy.high < 0.2),
-        Finding("noisy pairs (4000): largest relative error, no filter", plain, "", None),
+        Finding("noisy pairs (16,000): largest relative error, corrected filter", noisy, "< 0.2", noisy.high < 0.2),
+        Finding("noisy pairs (16,000): largest relative error, no filter", plain, "", None),
         Finding(
             "the same, filter: share of runs that name exactly the terms",
             over_seeds("noisy, filter", "named"),
@@ -154,8 +154,11 @@ CLAIM = Claim(
     measure=measure,
     findings=findings,
     draw=draw,
+    seeds=tuple(range(10)),
     notes="With one honest noisy observation per pair the filter's increments carry the gain; they are divided by its "
     "mean over the rows. Until 2026-11-22 one gain served all rows and cancelled: an earlier table's row of the "
-    "filter said nothing. The error counts the true terms only; spurious ones show in the share of runs that name the "
-    "terms exactly.",
+    "filter said nothing. Count and distance of the noisy pairs were chosen on seeds 10 to 13; on seeds 0 to 2, 4,000 "
+    "pairs 0.1 s apart gave an error of 0.19 [0.013, 0.54]. Drag and a cube of the speed are alike over the logged "
+    "range, and where the noise makes one of the two enter for the other, the error is large. The error counts the "
+    "true terms only; spurious ones show in the share of runs that name the terms exactly.",
 )
