@@ -29,6 +29,8 @@ HERE = Path(__file__).parent
 ONE_THREAD = ("rollout", "penalty", "imagine", "plan", "sac", "env_steps", "collect", "sindy", "profiles")
 TWO_THREADS = ("rollout", "penalty", "imagine", "plan", "sac", "env_steps", "memory")
 ON_GPU = ("rollout", "imagine", "plan", "sac")
+EARLIER = 4
+"""Earlier runs whose figures stay beside the goals."""
 PACKAGES = (
     *("learneddyn", "torch", "numpy", "gymnasium", "mujoco", "stable-baselines3", "minari"),
     *("mbrl", "sbx-rl", "jax", "torchrl", "pysindy", "envpool"),
@@ -160,7 +162,21 @@ def machine() -> list[str]:
     ]
 
 
-def page(played: dict[Setting, list[Row]], failed: Sequence[str], load: Sequence[str]) -> str:
+def earlier(text: str, here: str) -> dict[str, list[str]]:
+    """Return what a page and those before it measured of every goal, newest first, if it is of the machine ``here``."""
+    if here not in text:
+        return {}
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and ": " in line]
+    found = {goal: [now, *(before[0].split("; ") if before else [])] for goal, now, _, *before in cells if now}
+    return {goal: values[:EARLIER] for goal, values in found.items() if goal in {each.text for each in GOALS}}
+
+
+def page(
+    played: dict[Setting, list[Row]],
+    failed: Sequence[str],
+    load: Sequence[str],
+    before: dict[str, list[str]],
+) -> str:
     """Return results.md."""
     judged = [row for one, found in played.items() for row in found if one.title == "one thread" or row.amount]
     text = ["# Speed, measured", "", "Written by `make bench`. Figures of one run on one machine:", "", *machine()]
@@ -182,13 +198,17 @@ def page(played: dict[Setting, list[Row]], failed: Sequence[str], load: Sequence
         "",
         "## Goals",
         "",
-        "| goal | measured | |",
-        "|---|---|---|",
+        "Where other programs share the host, some minutes of a run are slower than others: what earlier runs measured",
+        "stands beside, newest first.",
+        "",
+        "| goal | measured | | earlier runs |",
+        "|---|---|---|---|",
     ]
     for goal in GOALS:
         found = goal.judge(judged)
         verdict = ("", "not measured") if found is None else (found[0], "reached" if found[1] else "**missed**")
-        text.append(f"| {goal.text} | {verdict[0]} | {verdict[1]} |")
+        told = "; ".join(value.split(" (")[0] for value in before.get(goal.text, []))
+        text.append(f"| {goal.text} | {verdict[0]} | {verdict[1]} | {told} |")
     text += ["", *(f"- Failed: {what}" for what in failed)] if failed else []
     for one, found in played.items():
         text += ["", f"## {one.title.capitalize()}"]
@@ -208,7 +228,7 @@ def main() -> None:
     settings = [Setting("one thread", 1, "cpu", ONE_THREAD), Setting("two threads", 2, "cpu", TWO_THREADS)]
     if torch.cuda.is_available():
         settings.append(Setting("GPU", 1, "cuda", ON_GPU))
-    before = f"{os.getloadavg()[0]:.1f}"
+    before, load = earlier(args.out.read_text() if args.out.exists() else "", machine()[0]), f"{os.getloadavg()[0]:.1f}"
     played: dict[Setting, list[Row]] = {}
     failed: list[str] = []
     for setting in settings:
@@ -217,7 +237,7 @@ def main() -> None:
         for rows, bad in play(chosen, args.seconds, args.rounds):
             played[chosen] += rows
             failed += bad
-            args.out.write_text(page(played, failed, (before, f"{os.getloadavg()[0]:.1f}")))
+            args.out.write_text(page(played, failed, (load, f"{os.getloadavg()[0]:.1f}"), before))
     print(f"wrote {args.out}")
     sys.exit(1 if failed else 0)
 
