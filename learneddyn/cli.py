@@ -27,7 +27,7 @@ from learneddyn import offline as learners
 from learneddyn import reproduce as experiments
 from learneddyn import tasks
 from learneddyn.agents.pets import PETS, described
-from learneddyn.core import Transitions, generator
+from learneddyn.core import DataError, Transitions, generator
 from learneddyn.data import collect as collect_steps
 from learneddyn.data import (
     collect_grade,
@@ -204,7 +204,10 @@ def import_logs(
         env_id: Gymnasium id of an environment that the log is of.
         overwrite: replace a data set of the same id.
     """
-    found = [inner for path in map(Path, files) for inner in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    found = []
+    for path in map(Path, files):
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        found += [each for each in inside if each == path or (each.is_file() and not each.name.startswith("."))]
     parquet = {path.suffix == ".parquet" for path in found}
     if len(parquet) != 1:
         raise ValueError(f"files must be all CSV or all Parquet, got {[path.name for path in found]}")
@@ -1036,6 +1039,11 @@ def _logs_of(
         data = load(name)[:max_rows]
         if wrong := [column for column in angles if not 0 <= column < data.obs.shape[1]]:
             raise ValueError(f"angles must be columns 0 to {data.obs.shape[1] - 1} of {name!r}, got {wrong}")
+        if (episodes := len(data.episode.unique())) < 3:
+            raise DataError(
+                f"the first {len(data)} rows of {name!r} hold {episodes} episodes, three are needed: raise max_rows, "
+                "or import the log with episode_steps"
+            )
         logs.append(comparison.Log(name, *objectives.split_log(data, seed=seed), angles=angles, known=known))
     return logs
 

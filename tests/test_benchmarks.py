@@ -97,9 +97,25 @@ def test_a_script_that_fails_is_named_and_the_others_count(tmp_path, monkeypatch
     monkeypatch.setattr(run, "HERE", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(FOLDER))
     setting = run.Setting("one thread", 1, "cpu", ("bad", "good"))
-    rows, failed = run.play(setting, 0.1, 3)
+    found = list(run.play(setting, 0.1, 3))
+    rows, failed = [row for part, _ in found for row in part], [what for _, bad in found for what in bad]
     assert [(row.name, row.amount) for row in rows] == [("ours", 3)]
     assert failed == ["bad (one thread): RuntimeError: broken"]
-    text = run.page({setting: rows}, failed, ["0.1", "0.2"])
+    text = run.page({setting: rows}, failed, ["0.1", "0.2"], {})
     assert "- Failed: bad (one thread): RuntimeError: broken" in text
     assert "not measured" in text
+
+
+def test_a_page_hands_its_figures_on_to_the_next_one_of_the_same_machine(monkeypatch):
+    run = module("run")
+    monkeypatch.setattr(run, "GOALS", run.GOALS[:1])
+    goal, here = run.GOALS[0], run.machine()[0]
+    setting = run.Setting("one thread", 1, "cpu", ())
+    rows = [
+        run.Row(goal.table, name, goal.case, 1, seconds=[time]) for name, time in (("fp32", 1.0), ("mbrl-lib", 2.0))
+    ]
+    first = run.page({setting: rows}, [], ["0", "0"], {})
+    assert run.earlier(first, here) == {goal.text: ["2.00 x"]}
+    second = run.page({setting: rows}, [], ["0", "0"], run.earlier(first, here))
+    assert run.earlier(second, here) == {goal.text: ["2.00 x", "2.00 x"]}
+    assert run.earlier(second, "another machine") == {}

@@ -274,13 +274,16 @@ class HIMCallback(BaseCallback):
         verbose: as in every callback.
 
     Raises:
-        ValueError: at the start of training, where the policy has no `HIMExtractor`.
+        ValueError: a number below 1; at the start of training, where the policy has no `HIMExtractor`.
     """
 
     def __init__(
         self, epochs: int = 5, updates: int = 1, batch_size: int = 512, ahead: bool = True, verbose: int = 0
     ) -> None:
         super().__init__(verbose)
+        for name, value in (("epochs", epochs), ("updates", updates), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.epochs, self.updates, self.batch_size, self.ahead = epochs, updates, batch_size, ahead
         self._rng = torch.Generator()
         self._waiting: Successions | None = None
@@ -311,6 +314,8 @@ class HIMCallback(BaseCallback):
     def _learn_waiting(self) -> None:
         if self._waiting is not None:
             rows, self._waiting = self._waiting, None
+            if len(rows.after) == 0:  # no two steps of one episode in this rollout
+                return
             self._tuned().extractor.observe(rows)
             self._finish(self._trainer.epochs(rows, self.epochs, self.batch_size, self._rng))
 
@@ -319,7 +324,7 @@ class HIMCallback(BaseCallback):
         if agent.num_timesteps < agent.learning_starts:
             return
         for _ in range(self.updates):
-            batch: Any = agent.replay_buffer.sample(self.batch_size)
+            batch: Any = agent.replay_buffer.sample(self.batch_size, env=agent.get_vec_normalize_env())
             now, after = batch.observations, batch.next_observations
             hidden = (after if self.ahead else now)["hidden"]
             rows = Successions(now["history"], after["history"][:, -1], hidden)

@@ -105,7 +105,8 @@ class MPC:
         many = is_vectorized_observation(observation, space)  # type: ignore[arg-type]  # dicts too
         batch: Any = observation if many else _one(observation)
         obs = torch.as_tensor(encode(space, batch), device=self.device)
-        before, memory = self._resumed(obs, state, episode_start)
+        with torch.no_grad():
+            before, memory = self._resumed(obs, state, episode_start)
         history = (0, int(before.step.max())) if deterministic else (1, next(self._calls))
         seeds = np.random.SeedSequence((self.seed, *history)).generate_state(2)
         # Apart, because a world draws more numbers for more lanes and would set the planner's draws off.

@@ -187,6 +187,8 @@ def decimate(data: Transitions, every: int) -> Transitions:
     """
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
+    if every == 1:
+        return data
     if data.spaces is not None and not isinstance(data.spaces.action, gym.spaces.Box):
         raise ValueError(f"a step of several rows needs the mean of their actions, and {data.spaces.action} has none")
     broken = torch.ones(len(data), dtype=torch.bool, device=data.device)
@@ -236,7 +238,7 @@ def _read_csv(path: Path, wanted: list[str], delimiter: str) -> Columns:
     opener = openers.get(path.suffix, open)
 
     def read(kind: type) -> np.ndarray:
-        with opener(path, "rt", encoding="utf-8", newline="") as file:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             header = [name.strip() for name in next(csv.reader(file, delimiter=delimiter), [])]
             _refuse_missing(path, wanted, header)
             index = [header.index(name) for name in wanted]

@@ -13,6 +13,7 @@ and its task is `learneddyn.tasks.partial.partially_observed`. A model of what i
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -63,14 +64,18 @@ class HideColumns(gym.ObservationWrapper[Any, Any, Any], gym.utils.RecordConstru
 
     Raises:
         ValueError: observations that are no such Box, a column that is none of theirs, or nothing left to show.
-        LookupError: the velocities are not known for this environment.
+        LookupError: the velocities are not known for this environment, or for the columns that it was made to show.
     """
 
     def __init__(self, env: gym.Env[Any, Any], columns: Sequence[int] | None = None) -> None:
         gym.utils.RecordConstructorArgs.__init__(self, columns=None if columns is None else list(columns))
         super().__init__(env)
         if columns is None:
-            columns = velocity_columns(env.spec.id if env.spec else type(env.unwrapped).__name__)
+            name = env.spec.id if env.spec else type(env.unwrapped).__name__
+            columns = velocity_columns(name)
+            with closing(gym.make(name)) as usual:
+                if env.observation_space.shape != usual.observation_space.shape:
+                    raise LookupError(f"{name} does not show its usual columns here: name columns")
         self.observation_space = _fewer(env.observation_space, columns)
         self.hidden = tuple(sorted(set(columns)))
         """The columns left out, in order."""

@@ -43,7 +43,8 @@ def state_space_divergence(true: np.ndarray, generated: np.ndarray, bins: int = 
     _require_states(true, generated)
     if true.shape[1] > 5:
         return _mixture_divergence(true, generated, np.random.default_rng(seed))
-    margin = 0.1 * true.std(axis=0)
+    std = true.std(axis=0)
+    margin = np.where(std > 0, 0.1 * std, 0.5)  # a column that stays the same has cells too
     edges = [
         np.linspace(low, high, bins + 1)
         for low, high in zip(true.min(axis=0) - margin, true.max(axis=0) + margin, strict=True)

@@ -129,10 +129,10 @@ class AbstractModel(nn.Module, ABC):
             model.spaces, model.source = Spaces.from_json(card["spaces"]), card["source"]
         except (TypeError, ValueError, KeyError, NotImplementedError) as error:
             raise ModelFileError(f"{source}/model.json names no readable spaces: {error}") from error
-        model._build(model.spaces)
         try:
+            model._build(model.spaces)
             model.load_state_dict(load_tensors(blob))
-        except (SafetensorError, RuntimeError) as error:
+        except (SafetensorError, RuntimeError, ValueError) as error:
             raise ModelFileError(f"{source}/model.safetensors does not fit {card['class']}: {error}") from error
         return model.to(device)
 

@@ -35,7 +35,7 @@ _ONE = 0.541324854612918
 def pushed(obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], law: Law) -> Float[Tensor, "b o"]:
     """Return a mass of 1 kg one second on: column 0 is its speed, action 0 pushes it, the rest stays as it is."""
     speed = obs[:, :1]
-    return torch.cat([speed + action[:, :1] + law(speed), obs[:, 1:]], dim=1)
+    return torch.cat([speed + action[:, :1].sum(dim=1, keepdim=True) + law(speed), obs[:, 1:]], dim=1)
 
 
 class ComponentLaw(AbstractRegression):

@@ -138,7 +138,8 @@ class CausalWeights:
     def __call__(self, losses: Float[Tensor, " t"]) -> Float[Tensor, " t"]:
         """Return the weights for these losses, and move on where all steps are learned."""
         losses = losses.detach()
-        weights = (-self.sharpness * (losses.cumsum(dim=0) - losses)).exp()
+        before = torch.cat([losses.new_zeros(1), losses[:-1].cumsum(dim=0)])
+        weights = (-self.sharpness * before).exp()
         if len(self._ahead) > 1 and bool(weights.amin() > self.learned):
             self._ahead.pop(0)
         return weights
@@ -159,10 +160,12 @@ def needed_forcing(cell: Cell, x: Float[Tensor, "b t d"], u: Float[Tensor, "b t 
     for step in range(x.shape[1]):
         z = cell.force(z, x[:, step], 1.0)
         jacobians = torch.vmap(torch.func.jacrev(one))(z, u[:, step])
+        if not bool(jacobians.isfinite().all()):
+            return 1.0
         logs.append(torch.linalg.matrix_norm(jacobians, ord=2).log())
         z = cell.advance(z, u[:, step])
     sigma = float(torch.stack(logs).mean(dim=0).max().exp())
-    return max(0.0, 1.0 - 1.0 / sigma)
+    return 1.0 - 1.0 / sigma if sigma > 1 else 0.0
 
 
 class AdaptiveForcing:

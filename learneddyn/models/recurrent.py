@@ -330,7 +330,7 @@ class RecurrentDynamics(AbstractDynamics):
                     best, kept = score, {name: p.detach().clone() for name, p in self.named_parameters()}
         if not kept:
             raise FloatingPointError(
-                f"RecurrentDynamics found no finite loss in {self.updates} updates: scale the data"
+                f"RecurrentDynamics found no finite loss in {self.updates} updates: lower the learning rate"
             )
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -374,7 +374,7 @@ class RecurrentDynamics(AbstractDynamics):
         heads = self._heads(self.core(x))
         error = (heads.mean - target)[inside] * self.target_std
         if not bool(error.isfinite().all()):
-            raise FloatingPointError("RecurrentDynamics learned something that is not finite: scale the data")
+            raise FloatingPointError("RecurrentDynamics learned something that is not finite: lower the learning rate")
         std = (0.5 * heads.logvar[inside]).exp() * self.target_std
         return {"holdout_mse": float(error.square().mean()), "holdout_nll": float(gaussian_nll(error, std))}
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def unrolled(
@@ -88,6 +89,7 @@ class _Unrolled(torch.autograd.Function):
         return states
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad,) = grad_outputs
         forced, features, on, plain, diagonal, outer, inner, rectified = ctx.saved_tensors

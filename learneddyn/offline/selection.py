@@ -22,6 +22,7 @@ from learneddyn.agents.diagnostics import change_scale
 from learneddyn.core import DataError, Dynamics, Json, Outcome, Policy, State, Transitions, generator
 from learneddyn.evaluation.returns import imagined
 from learneddyn.evaluation.stats import Estimate, crossed_interval
+from learneddyn.models.base import memory_of
 from learneddyn.offline.dataset import scaled
 from learneddyn.offline.fqe import chosen, fqe
 from learneddyn.world import World
@@ -88,7 +89,7 @@ def model_error(
     """
     data = held_out.check()
     scale = change_scale(data)
-    prediction = model.predict(data.obs, data.action)
+    prediction = model.predict(data.obs, data.action, memory_of(model, data))
     error = (prediction.mean[prediction.elites].mean(0) - data.next_obs) / scale
     square = error[:, scale.isfinite()].square().mean(1)
     if policy is None:

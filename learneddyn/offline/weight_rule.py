@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from learneddyn.core import DataError, Dynamics, Penalty, State, Transitions
+from learneddyn.models.base import memory_of
 
 PREFIX = "quantile:"
 
@@ -63,10 +64,10 @@ def weight_of(rule: float | str, model: Dynamics, data: Transitions, penalty: Pe
 @torch.no_grad()
 def penalties_of(model: Dynamics, data: Transitions, penalty: Penalty, chunk: int = 50_000) -> Float[Tensor, " n"]:
     """Return a model's uncertainty about every logged step; what a penalty asks of the drawn step is the logged one."""
-    parts = []
+    parts, memory = [], memory_of(model, data)
     for first in range(0, len(data), chunk):
         rows = data[first : first + chunk]
-        prediction = model.predict(rows.obs, rows.action)
+        prediction = model.predict(rows.obs, rows.action, None if memory is None else memory[first : first + chunk])
         after = State(rows.next_obs, prediction.elites[0].expand(len(rows)))
         parts.append(penalty(rows.obs, rows.action, prediction, after))
     return torch.cat(parts)

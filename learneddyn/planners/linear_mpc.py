@@ -101,6 +101,8 @@ class LinearMPC:
         self.device = transition.device
         transition, inputs, readout = (part.detach().double() for part in (transition, inputs, readout))
         self.low, self.high = (self._tensor(encode(box, side[None])[0]) for side in (box.low, box.high))
+        if not bool((self.low < self.high).all()):
+            raise ValueError(f"LinearMPC: every action needs room between its bounds, got {box}")
         self.goal = self._tensor(goal)
         factor = torch.ones(horizon, 1, dtype=torch.float64, device=self.device)
         factor[-1] = final

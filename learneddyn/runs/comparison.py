@@ -14,6 +14,7 @@ or is listed with the reason why it cannot. Fits are short (`BUDGET`): the table
 log in seconds, and no class is tuned to a log.
 """
 
+import hashlib
 import inspect
 import time
 from collections.abc import Mapping, Sequence
@@ -127,7 +128,7 @@ def check_known(known: Mapping[str, Json]) -> None:
     """Refuse knowledge of a system (`Log.known`) that no model class asks for.
 
     Raises:
-        ValueError: a name that is no model class, or an argument that it does not take.
+        ValueError: a name that is no model class, or an argument that it does not take, or cannot use.
     """
     for name, arguments in known.items():
         if name not in REASONS:
@@ -135,6 +136,7 @@ def check_known(known: Mapping[str, Json]) -> None:
         parameters = inspect.signature(getattr(models, name)).parameters
         if unknown := sorted(set(arguments) - set(parameters)):
             raise ValueError(f"{name} does not take {', '.join(unknown)}; it takes {', '.join(parameters)}")
+        getattr(models, name)(**arguments)  # imports what the arguments name
 
 
 def compare(log: Log, seed: int, cells: Cells) -> dict[str, Json]:
@@ -221,9 +223,13 @@ def _rate(dynamics: Dynamics, data: Transitions, seed: int) -> float:
     return LANES * steps / spent
 
 
-def _fingerprint(log: Log) -> float:
-    """Return a number that changes with the log, so that a cell of another log is not taken for this one's."""
-    return float(log.train.next_obs.double().sum() + log.held_out.obs.double().square().sum())
+def _fingerprint(log: Log) -> str:
+    """Return a text that changes with the log, so that a cell of another log is not taken for this one's."""
+    digest = hashlib.sha256()
+    for part in (log.train, log.held_out):
+        for column in part.tensors().values():
+            digest.update(column.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 Figures = dict[int, dict[str, dict[str, Json]]]
@@ -231,12 +237,9 @@ Figures = dict[int, dict[str, dict[str, Json]]]
 
 
 def estimate(figures: Figures, log: str, row: str, name: str) -> Estimate | None:
-    """Return a figure over the seeds that have it; None where a seed failed or diverged."""
-    cells = [seed[log][row] for seed in figures.values()]
-    values = [cell.get(name) for cell in cells if FAILED not in cell]
-    return (
-        bootstrap_interval([value for value in values if value is not None]) if values and None not in values else None
-    )
+    """Return a figure over all seeds; None where one failed or diverged."""
+    values = [seed[log][row].get(name) for seed in figures.values()]
+    return bootstrap_interval(values) if None not in values else None
 
 
 def best(figures: Figures, log: str, name: str = "far") -> tuple[str, Estimate] | None:
@@ -314,7 +317,7 @@ def table(figures: Figures) -> str:
 def _why(cells: Sequence[Json]) -> str:
     """Say why a class could not be fitted, "" where it could."""
     failed = [cell[FAILED] for cell in cells if FAILED in cell]
-    return f"**failed** {len(failed)}x: {failed[0]}".replace("|", "/") if failed else ""
+    return f"**failed** {len(failed)}x: {' '.join(failed[0].split())}".replace("|", "/") if failed else ""
 
 
 def _lost(cells: Sequence[Json], name: str) -> int:

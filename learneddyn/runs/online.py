@@ -84,6 +84,8 @@ def learn_online(
             marks = [mark for mark in read_marks(folder, Mark) if mark.real_steps <= agent.num_timesteps]
         begun = agent.num_timesteps
         if begun >= steps:
+            if not (folder / "agent.zip").exists():  # killed between its last checkpoint and this file
+                agent.save(folder / "agent.zip")
             return marks
         judged = partial(evaluate, real_id=env_id, episodes=episodes, seed=JUDGE_SEED + seed, env_kwargs=env_kwargs)
         judge = _Judge(judged, folder, marks, judge_every, notify, steps)

@@ -77,7 +77,12 @@ def run_sweep(
     optuna = _extra("optuna", "sweep")
     distributions = check_sweep(space, trials=trials, sampler=sampler, workers=workers, ray=ray)
     study = open_study(folder, sampler, seed)
-    asked = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.RUNNING]
+    asked = []
+    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
+        if set(trial.params) == set(distributions):
+            asked.append(trial)
+        else:  # killed while its settings were drawn
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
     done = len(study.trials) - len(asked)
     with tqdm(total=trials, initial=done, unit="trial", disable=not progress) as bar:
 

@@ -168,3 +168,9 @@ def test_bad_arguments():
     agent = PPO("MlpPolicy", "Pendulum-v1", n_steps=8, batch_size=8)
     with pytest.raises(ValueError, match="features_extractor_class"):
         agent.learn(8, callback=HIMCallback())
+
+
+@pytest.mark.parametrize("name", ["epochs", "updates", "batch_size"])
+def test_a_callback_that_would_never_learn_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        HIMCallback(**{name: 0})

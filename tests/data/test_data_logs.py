@@ -260,3 +260,5 @@ def test_decimated_steps_last_longer_and_keep_terminations(tmp_path):
         decimate(data, 9)
     with pytest.raises(ValueError, match=r"mean of their actions, and Discrete\(3"):
         decimate(from_arrays(OBS, [1, 3, 2, 1, 3, 1], episode=EPISODE, discrete=True), 2)
+    data = from_arrays(OBS, [1, 3, 2, 1, 3, 1], episode=EPISODE, discrete=True)
+    assert decimate(data, 1) is data, "a step of one row needs no mean"

@@ -107,3 +107,10 @@ def test_bad_columns():
         HideColumns(gym.make("Acrobot-v1"))
     with pytest.raises(ValueError, match="columns must name"):
         without_columns(collect("Pendulum-v1", steps=5), [])
+
+
+def test_columns_that_an_environment_was_made_to_show_beside_are_not_taken_for_velocities():
+    wider = gym.make("Hopper-v5", exclude_current_positions_from_observation=False)
+    with pytest.raises(LookupError, match="Hopper-v5 does not show its usual columns here: name columns"):
+        HideColumns(wider)
+    wider.close()

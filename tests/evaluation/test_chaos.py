@@ -157,3 +157,9 @@ def test_errors_in_closed_form():
 def test_states_that_cannot_be_compared(true, generated, message):
     with pytest.raises(ValueError, match=message):
         state_space_divergence(true, generated)
+
+
+def test_a_column_that_stays_the_same_hides_no_difference():
+    true = np.stack([np.random.default_rng(0).normal(size=5000), np.full(5000, 3.0)], axis=1)
+    assert state_space_divergence(true, true) == pytest.approx(0, abs=1e-9)
+    assert state_space_divergence(true, np.full_like(true, 77.0)) > 1

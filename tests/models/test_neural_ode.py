@@ -1,6 +1,7 @@
 """Neural ODEs: known flows, held actions, second order, solvers that agree, regularisation at the solver's own step."""
 
 import builtins
+import math
 
 import gymnasium as gym
 import numpy as np
@@ -198,3 +199,8 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ImportError, match=r"learneddyn\[models\]"):
         NeuralODE(solver="dopri5").fit(log(2, 4), rng=generator(0))
+
+
+def test_steps_after_an_explosion_weigh_nothing():
+    weights = CausalWeights([100.0])(torch.tensor([0.5, 0.3, 1e9, torch.inf, 2e9]))
+    torch.testing.assert_close(weights, torch.tensor([1.0, math.exp(-50), math.exp(-80), 0.0, 0.0]))

@@ -185,6 +185,7 @@ def test_it_balances_a_pole_that_it_has_only_random_steps_of():
         ({"effort": 0.0}, "effort must lie between"),
         ({"horizon": 0}, "horizon must lie between"),
         ({"bound": np.inf}, "a bounded Box"),
+        ({"bound": 0.0}, "every action needs room between its bounds"),
         ({"a": 2}, "inputs must have 2 rows"),
         ({"growth": 1e300}, "leaves the finite numbers within 10 steps"),
         ({"growth": 3.0, "horizon": 60}, "than float64 can hold"),

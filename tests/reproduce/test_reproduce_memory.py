@@ -46,6 +46,7 @@ def estimated(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("TRAIN", 300), ("TEST", 200), ("EPOCHS", 1), ("ONLINE", 128), ("ROLLOUT", 64)):
             patch.setattr(hidden_velocity, name, value)
+        patch.setitem(hidden_velocity.PAPER, "batch_size", 16)
         return hidden_velocity.measure(0, tmp_path_factory.mktemp("hidden"), silent)
 
 

@@ -111,3 +111,13 @@ def test_knowledge_that_nobody_asks_for_is_refused():
         comparison.check_known({"SINDy": {"degree": 1}})
     with pytest.raises(ValueError, match="Hybrid does not take physics; it takes prior"):
         comparison.check_known({"Hybrid": {"physics": "x"}})
+
+
+def test_a_class_that_failed_on_a_seed_is_never_the_best() -> None:
+    cells = {
+        0: {"log": {"Good": {"far": 0.5}, "Lucky": {"far": 0.1}}},
+        1: {"log": {"Good": {"far": 0.5}, "Lucky": {FAILED: "no"}}},
+    }
+    found = comparison.best(cells, "log")
+    assert found is not None
+    assert found[0] == "Good"
