@@ -95,7 +95,7 @@ def test_mistakes_cost_no_comparison(home, capsys):
     record(home / "log.csv")
     main(["import", "[log.csv]", "mine/mass-v0", *NAMED])
     for words, message in (
-        (["[mine/mass-v0]"], "a log of 1 episodes cannot be split"),
+        (["[mine/mass-v0]"], "hold 1 episodes, three are needed: raise max_rows"),
         (["[gone/log-v0]"], "gone/log-v0"),
         (["[mine/mass-v0]", "--known", "{SINDy: {degree: 2}}"], "known may hold arguments of"),
     ):
