@@ -39,9 +39,9 @@ class NeuralODE(AbstractRegression):
     adaptive dopri5 (torchdiffeq, extra ``models``) at ``tolerance``; both are differentiated as they run. All rows of a
     batch share dopri5's step size; without actions one solve runs through the whole window, with actions one per step.
 
-    Local regularisation (dopri5 only) draws one time of every solve's span: "uniform" over time (the source's unbiased
-    form) or one of the solver's accepted steps ("accepted", its biased form, which costs no further point). From there
-    one embedded step of the solver's OWN length at that time is added to the graph, and to the loss either its error
+    Local regularisation (dopri5 only) draws one time per update, in one of the window's solves: "uniform" over time
+    (the source's unbiased form) or an accepted step ("accepted", its biased form, which costs no further point). From
+    there one embedded step of the solver's OWN length is added to the graph, and to the loss either its error
     estimate, ``h sqrt(mean((error / (tolerance (1 + max(|x|, |x'|))))^2))``, or its stiffness estimate over the
     solver's stability length. A step shorter than the solver's has no error left to push down.
 

@@ -30,7 +30,7 @@ _LOGVAR = (-12.0, 2.0)
 _POLES_RATE = 1e-3
 """Largest learning rate of what places eigenvalues."""
 _JUDGED = 256
-"""Held-out windows that choose the weights, at most."""
+"""Held-out windows that choose the weights: all up to this many, of more every so-manieth, so many at least."""
 
 
 class _Heads(NamedTuple):
@@ -406,7 +406,7 @@ class _Sequences:
         return self._from(begin, steps)
 
     def tiles(self, steps: int) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
-        """Return windows that lie side by side: all, or as many as are judged, evenly spread."""
+        """Return windows that lie side by side: all, or every so-manieth of those that are judged."""
         begin = (self._position % steps == 0).nonzero().flatten()
         return self._from(begin[:: max(1, len(begin) // _JUDGED)], steps)
 
