@@ -2,7 +2,8 @@
 
 The probability integral transform (PIT) is the predictive distribution function at the truth: uniform where the model
 is calibrated, piled up at both ends where it is overconfident, in the middle where it is underconfident. Coverage of
-central intervals and the expected calibration error follow from it.
+central intervals and the expected calibration error follow from it. An angle is judged within the turn about the mean
+direction of its predictive distribution: across the seam of a wrapped angle the truth is as near as it is.
 
     normal CRPS     Gneiting & Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", 2007
     mixture CRPS    Grimit, Gneiting, Berrocal & Johnson, "The continuous ranked probability score for circular
@@ -23,6 +24,7 @@ from torch import Tensor
 from learneddyn.core import Dynamics, Json, Transitions
 from learneddyn.evaluation.fidelity import rolled, varying_scale, windows_of
 from learneddyn.evaluation.stats import plain
+from learneddyn.models.angles import gathered
 from learneddyn.models.base import memory_of
 from learneddyn.world import World
 
@@ -154,13 +156,19 @@ def sample_pit(y: Float[Tensor, "*b"], samples: Float[Tensor, "s *b"], rng: torc
 
 @torch.no_grad()
 def one_step_calibration(
-    dynamics: Dynamics, data: Transitions, *, device: torch.device | str = "cpu", batch: int = 16_384
+    dynamics: Dynamics,
+    data: Transitions,
+    *,
+    angles: Sequence[int] = (),
+    device: torch.device | str = "cpu",
+    batch: int = 16_384,
 ) -> Calibration:
     """Judge the one-step mixture of the elites on held-out rows, with the memory of what came before them.
 
     Args:
         dynamics: a fitted model.
         data: held-out experience.
+        angles: observation columns that are angles in radians.
         device: of the model.
         batch: rows asked at once.
 
@@ -176,11 +184,12 @@ def one_step_calibration(
         mean, std = (part[prediction.elites].double() for part in (prediction.mean, prediction.std))
         std = std.clamp_min(torch.finfo(torch.float32).tiny)
         truth = data.next_obs[rows].double()
+        mean = gathered(mean, angles, truth)
         overall = (std.square().mean(dim=0) + mean.var(dim=0, correction=0)).sqrt()
         pit = normal_cdf((truth - mean) / std).mean(dim=0)
         parts.append((mixture_nll(truth, mean, std), mixture_crps(truth, mean, std), overall, pit))
     columns = [torch.cat(column)[:, None] for column in zip(*parts, strict=True)]
-    scale = varying_scale(torch.cat([data.obs, data.next_obs]))
+    scale = varying_scale(data, angles)
     return _summary("one-step mixture of the elites", (1,), scale, *columns)
 
 
@@ -201,7 +210,7 @@ def cloud_calibration(
     enormous, not undefined.
 
     Args:
-        world: the world; its sampler draws the futures.
+        world: the world; its sampler draws the futures, its task says which columns are angles.
         data: held-out experience.
         horizons: steps ahead to judge, ascending.
         samples: futures per window.
@@ -221,10 +230,10 @@ def cloud_calibration(
     log = windows_of(data, ahead[-1], rng=rng, windows=windows, dynamics=world.dynamics)
     steps = torch.tensor(ahead, device=rng.device) - 1
     cloud = rolled(world, log, samples, rng).obs[:, steps].reshape(samples, len(log.start), len(ahead), -1).double()
-    cloud = cloud.clamp(-_FAR, _FAR)
     truth = log.next_obs[:, steps].double()
+    cloud = gathered(cloud, world.task.angles, truth).clamp(-_FAR, _FAR)
     mean, std = cloud.mean(dim=0), cloud.std(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
-    scale = varying_scale(torch.cat([data.obs, data.next_obs]))
+    scale = varying_scale(data, world.task.angles)
     figures = (normal_nll(truth, mean, std), sample_crps(truth, cloud), std, sample_pit(truth, cloud, rng))
     return _summary(f"clouds of {samples} sampled futures", ahead, scale, *figures)
 

@@ -2,7 +2,8 @@
 
 A model is fed the logged (or planned) actions from a true start and never sees the truth again. Its error is set
 against the spread of the data (normalised by the standard deviation per column) and against *persistence*, the
-prediction that nothing changes: where a model is no better than that, its imagination is worth nothing.
+prediction that nothing changes: where a model is no better than that, its imagination is worth nothing. Errors and
+spread of angles (`Task.angles` of the world judged) are taken the short way round.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 from learneddyn.core import Dynamics, Json, Transitions
 from learneddyn.evaluation.returns import unpenalised
 from learneddyn.evaluation.stats import plain
+from learneddyn.models.angles import apart, gathered
 from learneddyn.models.base import memory_of
 from learneddyn.models.windows import remaining
 from learneddyn.world import World
@@ -274,7 +276,7 @@ def fidelity_of_log(
     For the error where the agent goes, pass the agent's own real episodes (``evaluate(..., record=True)``).
 
     Args:
-        world: the world; its sampler decides how it is rolled.
+        world: the world; its sampler decides how it is rolled, its task which columns are angles.
         data: held-out experience.
         horizon: steps.
         rng: of windows and world, on the world's device.
@@ -366,10 +368,15 @@ def rolled(world: World, log: Windows, samples: int, rng: torch.Generator) -> Ro
     return open_loop(world, log.start.repeat(samples, 1), log.action.repeat(samples, 1, 1), rng, memory)
 
 
-def varying_scale(seen: Float[Tensor, "n o"]) -> Float[Tensor, " o"]:
-    """Return the standard deviation per column, exactly zero where a column is constant up to float32 rounding."""
-    spread = seen.double().std(dim=0, correction=0)
-    rounding = 1e-6 * seen.double().abs().amax(dim=0)
+def varying_scale(data: Transitions, angles: Sequence[int] = ()) -> Float[Tensor, " o"]:
+    """Return the standard deviation per observation column, exactly zero where one is constant up to float32 rounding.
+
+    That of a column in ``angles`` (radians) is about its mean direction: the seam of a wrapped angle is no spread.
+    """
+    seen = torch.cat([data.obs, data.next_obs]).double()
+    seen = gathered(seen, angles, seen[0])
+    spread = seen.std(dim=0, correction=0)
+    rounding = 1e-6 * seen.abs().amax(dim=0)
     return torch.where(spread > rounding, spread, torch.zeros_like(spread))
 
 
@@ -385,7 +392,9 @@ def _compare(
         raise ValueError(f"samples must be at least 1, got {samples}")
     imagined = rolled(world, log, samples, rng)
     shape = (samples, *log.reward.shape)
-    predicted = imagined.obs.reshape(*shape, -1).double().mean(dim=0)
+    angles, truth = world.task.angles, log.next_obs.double()
+    predicted = gathered(imagined.obs.reshape(*shape, -1).double(), angles, truth).mean(dim=0)
+    unmoved = log.start[:, None].double().expand_as(truth)
     promised = imagined.reward.reshape(shape).double().mean(dim=0)
     # With several samples the majority decides.
     ended = imagined.terminated.reshape(shape).double().mean(dim=0) > 0.5
@@ -396,9 +405,9 @@ def _compare(
     alive = log.alive[..., None]
     return Fidelity(
         names=labels,
-        scale=varying_scale(torch.cat([reference.obs, reference.next_obs])).cpu().numpy(),
-        rmse=_rmse(predicted - log.next_obs, alive),
-        persistence=_rmse(log.start[:, None].double() - log.next_obs, alive),
+        scale=varying_scale(reference, angles).cpu().numpy(),
+        rmse=_rmse(apart(predicted, truth, angles), alive),
+        persistence=_rmse(apart(unmoved, truth, angles), alive),
         windows=log.alive.sum(dim=0).cpu().numpy(),
         reward_rmse=_rmse((promised - log.reward)[..., None], alive)[:, 0],
         reward_scale=float(reference.reward.double().std(correction=0)),

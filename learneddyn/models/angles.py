@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,7 +12,7 @@ def near(after: Float[Tensor, "*n o"], before: Float[Tensor, "*n o"], angles: Se
     """Return ``after``, columns in ``angles`` (radians) turned by whole turns to within half a turn of ``before``."""
     if not len(angles):
         return after
-    turns = ((after - before) / (2 * math.pi)).round()
+    turns = ((after - before) / (2 * math.pi)).round().nan_to_num(0.0, 0.0, 0.0)  # infinity stays what it is
     kept = [column for column in range(after.shape[-1]) if column not in angles]
     turns[..., kept] = 0.0
     return after - 2 * math.pi * turns
@@ -20,3 +21,17 @@ def near(after: Float[Tensor, "*n o"], before: Float[Tensor, "*n o"], angles: Se
 def apart(after: Float[Tensor, "*n o"], before: Float[Tensor, "*n o"], angles: Sequence[int]) -> Float[Tensor, "*n o"]:
     """Return ``after - before``, columns in ``angles`` the short way round."""
     return near(after, before, angles) - before
+
+
+def gathered(
+    many: Float[Tensor, "n *b o"], angles: Sequence[int], by: Float[Tensor, "*b o"]
+) -> Float[Tensor, "n *b o"]:
+    """Return ``many``, columns in ``angles`` turned by whole turns to within half a turn of their mean direction.
+
+    Of the angles of that direction (of the finite entries of ``many``, along the first axis) the one nearest to ``by``
+    is meant, so that means and spreads of what is returned can be set against ``by``.
+    """
+    if not len(angles):
+        return many
+    direction = torch.atan2(many.sin().nanmean(dim=0), many.cos().nanmean(dim=0))
+    return near(many, near(direction, by, angles).expand_as(many), angles)

@@ -86,7 +86,7 @@ class Log:
         name: in tables.
         train: what they learn from.
         held_out: what they are judged by, of the same spaces.
-        angles: observation columns in radians.
+        angles: observation columns in radians; their errors are taken the short way round.
         known: what is known of the system: arguments by class, such as the ``prior`` of "Hybrid".
     """
 
@@ -142,6 +142,7 @@ def check_known(known: Mapping[str, Json]) -> None:
 def compare(log: Log, seed: int, cells: Cells) -> dict[str, Json]:
     """Return the figures of every row for a log and seed, each from its own cell."""
     basis = {"rows": len(log.train), "held_out": len(log.held_out), "seed": seed, "log": _fingerprint(log)}
+    basis |= {"angles": list(log.angles)} if log.angles else {}
     found: dict[str, Json] = {}
     for name, rival in rivals(log).items():
         if isinstance(rival, str):
@@ -172,7 +173,7 @@ def judge(rival: Rival, log: Log, seed: int) -> Json:
         model.fit(log.train, rng=rng)
     seconds = time.process_time() - begun
     dynamics: AbstractDynamics = model.on(0) if isinstance(model, AbstractContinual) else model
-    bare = Task(log.name, reward=_nothing, terminated=never)
+    bare = Task(log.name, reward=_nothing, terminated=never, angles=log.angles)
     longest = longest_window(log.held_out, windows=10) or longest_window(log.held_out)
     horizon = min(HORIZON, longest)
     followed = fidelity_of_log(
@@ -183,7 +184,7 @@ def judge(rival: Rival, log: Log, seed: int) -> Json:
         reference=log.train,
         rng=generator(seed),
     )
-    calibrated = one_step_calibration(dynamics, log.held_out)
+    calibrated = one_step_calibration(dynamics, log.held_out, angles=log.angles)
     return {
         "one": plain(followed.overall[0]),
         "far": plain(followed.overall[-1]),

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -151,3 +152,43 @@ def test_bad_input_names_itself(linear, line_task):
         cloud_calibration(world, data, horizons=(21,), rng=generator(0))
     with pytest.raises(ValueError, match="at least two samples, got 1"):
         sample_crps(torch.ones(2), torch.ones(1, 2))
+
+
+def turning(seam, start=2.8, rows=4000, speed=0.4, std=0.1, seed=0):
+    """Steps of ``speed`` with noise from angles about ``start``; cut at pi, or not cut."""
+    rng = np.random.default_rng(seed)
+    before = start + 0.3 * rng.normal(size=rows)
+    after = before + speed + std * rng.normal(size=rows)
+    before, after = ((x + np.pi) % (2 * np.pi) - np.pi if seam else x for x in (before, after))
+    one = np.full(rows, speed)
+    return Transitions.from_numpy(
+        np.stack([before, one], axis=1), np.zeros((rows, 1)), np.ones(rows), np.stack([after, one], axis=1),
+        np.zeros(rows, bool), np.arange(rows),
+    )  # fmt: skip
+
+
+def test_an_angles_calibration_does_not_see_the_seam(linear, line_task):
+    model, cut, whole = linear([[[1.0, 0.0], [1.0, 1.0]]] * 2, std=0.1), turning(True), turning(False)
+    got, unnamed = one_step_calibration(model, cut, angles=[0]), one_step_calibration(model, cut)
+    wanted = one_step_calibration(model, whole)
+    for name in ("mean_nll", "mean_crps", "mean_ece"):
+        np.testing.assert_allclose(getattr(got, name), getattr(wanted, name), rtol=1e-3)
+    assert got.mean_coverage[0.9][0] == pytest.approx(0.9, abs=0.02)
+    assert unnamed.mean_coverage[0.9][0] < 0.8
+    task = replace(line_task(width=2, above=100.0), angles=(0,))
+    clouds = [
+        cloud_calibration(World(model, task), log, horizons=(1,), samples=20, windows=500, rng=generator(0))
+        for log in (cut, whole)
+    ]
+    np.testing.assert_allclose(clouds[0].mean_crps, clouds[1].mean_crps, rtol=1e-3)
+    np.testing.assert_allclose(clouds[0].mean_nll, clouds[1].mean_nll, rtol=1e-3)
+
+
+def test_members_on_both_sides_of_the_seam_agree(linear):
+    """One member says pi - 0.05, the other -pi + 0.05: a tenth of a radian apart."""
+    data = turning(False, start=0.0, rows=200)
+    sides = [[[0.0, 0.0], [(np.pi - 0.05) / 0.4, 1.0]], [[0.0, 0.0], [(0.05 - np.pi) / 0.4, 1.0]]]
+    data.next_obs[:, 0] = torch.where(torch.arange(200) % 2 == 0, np.pi - 0.01, 0.01 - np.pi)
+    got = one_step_calibration(linear(sides, std=0.1), data, angles=[0])
+    assert got.sharpness[0, 0] == pytest.approx(np.hypot(0.1, 0.05), rel=1e-4)
+    assert got.crps[0, 0] < 0.1

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from learneddyn.evaluation import (
     open_loop,
     step_accuracy,
 )
-from learneddyn.evaluation.fidelity import windows_of
+from learneddyn.evaluation.fidelity import varying_scale, windows_of
 from learneddyn.world import World
 from learneddyn.world.truth import TruthDynamics
 
@@ -195,3 +196,54 @@ def test_a_world_that_knows_no_reward_says_so(linear):
 def test_the_longest_window_of_whole_episodes_is_the_longest_episode():
     played = evaluate(Random(1), "InvertedPendulum-v5", episodes=3, record=True)
     assert longest_window(played.transitions) == played.lengths.max()
+
+
+def orbits(speed=0.3, steps=60, seam=True, start=2.5):
+    """Two episodes of an angle that grows by the second column each step; cut at pi, or not cut."""
+    angle = start + speed * torch.arange(steps + 1, dtype=torch.float64)
+    angle = torch.stack([angle, angle + 1.0])
+    shown = torch.atan2(angle.sin(), angle.cos()) if seam else angle
+    state = torch.stack([shown, torch.full_like(shown, speed)], dim=2).float()
+    state[..., 1] += torch.linspace(0.0, 1e-2, steps + 1)  # a column that varies a little, so that it has a scale
+    rows, zero = 2 * steps, torch.zeros(2 * steps)
+    return Transitions(
+        state[:, :-1].reshape(rows, 2), zero[:, None], zero, state[:, 1:].reshape(rows, 2), zero > 0,
+        torch.arange(2).repeat_interleave(steps),
+    )  # fmt: skip
+
+
+def test_an_angle_that_crosses_pi_is_wrong_by_the_short_way_round(linear, line_task):
+    # The model turns on and on and never cuts its angle; the log cuts it at pi.
+    turning, data = linear([[[1.0, 0.0], [1.0, 1.0]]]), orbits()
+    assert (data.next_obs[:, 0] - data.obs[:, 0] < -5).any(), "the orbit crosses"
+    task = line_task(width=2)
+    got = [
+        fidelity_of_log(World(turning, replace(task, angles=angles)), log, horizon=50, rng=generator(0))
+        for angles, log in (((0,), data), ((0,), orbits(seam=False)), ((), data))
+    ]
+    assert got[0].rmse[0, 0] < 0.02
+    assert got[0].rmse[-1, 0] < 0.3, "fifty steps at a speed that is wrong by less than 0.01"
+    np.testing.assert_allclose(got[0].rmse, got[1].rmse, atol=1e-4)
+    np.testing.assert_allclose(got[0].persistence, got[1].persistence, atol=1e-4)
+    np.testing.assert_allclose(got[0].scale, got[1].scale, atol=1e-4)
+    assert (got[0].persistence[:, 0] <= np.pi).all()
+    assert got[0].rmse[-1, 1] == got[2].rmse[-1, 1], "the speed is no angle"
+    assert got[2].rmse[0, 0] > 1.0, "no angle is named: the seam counts as a whole turn"
+    several = fidelity_of_log(World(turning, replace(task, angles=(0,))), data, horizon=50, samples=3, rng=generator(0))
+    np.testing.assert_allclose(several.rmse, got[0].rmse, atol=1e-6)
+
+
+def test_the_spread_of_an_angle_does_not_see_the_seam():
+    swing = orbits(speed=0.01, steps=60, start=np.pi - 0.5)  # the angle stays within about a third of a turn
+    plain_scale, short = varying_scale(swing), varying_scale(swing, [0])
+    assert plain_scale[0] > 2
+    assert 0.3 < short[0] < 0.7
+    assert short[1] == plain_scale[1]
+    centred = orbits(speed=0.01, steps=60, start=0.0)
+    torch.testing.assert_close(varying_scale(centred, [0]), varying_scale(centred), rtol=1e-6, atol=0)
+
+
+def test_an_angle_that_diverges_is_still_infinitely_wrong(linear, line_task):
+    task = replace(line_task(), angles=(0,))
+    got = fidelity_of_log(World(linear([[[1e20]]]), task), logged(np.array([0.9])), horizon=5, rng=generator(0))
+    assert np.isinf(got.rmse[-1, 0])

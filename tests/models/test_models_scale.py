@@ -8,7 +8,7 @@ import torch
 
 from learneddyn.core import DataError, generator
 from learneddyn.models import Hybrid, ProbabilisticEnsemble, SINDy
-from learneddyn.models.angles import apart, near
+from learneddyn.models.angles import apart, gathered, near
 from learneddyn.models.attempt import attempt, require_pair
 from learneddyn.models.scale import gaussian_nll, spread
 from learneddyn.testing import example_transitions
@@ -46,6 +46,16 @@ def test_angles_are_apart_the_short_way_round():
     assert torch.allclose(moved.sin(), after.sin(), atol=1e-5)
     small = before + 0.1
     assert torch.equal(near(small, before, [0, 1]), small), "what is near is not touched"
+
+
+def test_angles_are_gathered_about_their_mean_direction():
+    many, by = torch.tensor([[[3.0, 3.0]], [[-3.0, -3.0]], [[torch.inf, 1.0]]]), torch.tensor([[2.9, 0.0]])
+    got = gathered(many, [0], by)
+    assert torch.allclose(got[:2, 0, 0], torch.tensor([3.0, 2 * math.pi - 3.0]))
+    assert got[2, 0, 0] == torch.inf
+    assert torch.equal(got[..., 1], many[..., 1])
+    assert torch.allclose(gathered(many, [0], -by)[:2, 0, 0], torch.tensor([3.0 - 2 * math.pi, -3.0]))
+    assert gathered(many, [], by) is many
 
 
 def test_an_ensemble_learns_the_change_of_an_angle_and_not_the_seam():

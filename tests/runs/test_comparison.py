@@ -89,6 +89,23 @@ def test_closed_forms_know_a_linear_system_and_cells_are_kept(log, quick, tmp_pa
         compare(other, 0, Cells(tmp_path, silent, 3))
 
 
+def test_an_angle_that_crosses_pi_is_judged_the_short_way_round(quick, tmp_path, monkeypatch):
+    rng, states, actions = generator(0), [], []
+    for _ in range(6):
+        pushes = torch.randn(60, 1, generator=rng)
+        angle = torch.rand(1, generator=rng) + torch.cat([torch.zeros(1), (0.3 + 0.05 * pushes[:, 0]).cumsum(dim=0)])
+        states.append(torch.atan2(angle.sin(), angle.cos())[:, None].numpy())
+        actions.append(pushes.numpy())
+    train, held_out = split_log(from_arrays(states, actions, source="turns"))
+    monkeypatch.setattr(models, "__all__", ["SINDy"])
+    found = compare(Log("turns", train, held_out, angles=(0,)), 0, Cells(tmp_path, silent, 1))["SINDy"]
+    assert found["one"] < 1e-3
+    assert found["far"] < 1e-2
+    assert found["still"][1] < 2.5, "no two angles are further apart than half a turn"
+    unnamed = compare(Log("turns", train, held_out), 0, Cells(tmp_path, silent, 1))["SINDy"]
+    assert unnamed["far"] > 0.5, "another figure, so another cell"
+
+
 def test_the_table_shows_what_failed_diverged_or_cannot_take_part(log, quick, tmp_path):
     figures = {seed: {"spiral": compare(log, seed, Cells(tmp_path / str(seed), silent, 3))} for seed in (0, 1)}
     figures[1]["spiral"]["SINDy"] = figures[1]["spiral"]["SINDy"] | {"far": None}
