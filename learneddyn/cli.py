@@ -258,8 +258,8 @@ def compare(
     chosen, dataset = seeds or [0, 1, 2], _ids(dataset)
     comparison.check_known(known or {})
     settings = {"dataset": dataset, "angles": angles, "known": known, "max_rows": max_rows, "seeds": chosen}
-    work = partial(_one_comparison, dataset, tuple(angles or ()), known or {}, max_rows, Path(out))
-    _logs_of(dataset, tuple(angles or ()), {}, max_rows, chosen[0])  # mistakes must not cost a process
+    work = partial(_one_comparison, dataset, tuple(angles or ()), known or {}, max_rows, chosen, Path(out))
+    _logs_of(dataset, tuple(angles or ()), {}, max_rows, chosen, chosen[0])  # mistakes must not cost a process
     folder = RunFolder(out, settings, resume=resume)
     figures = for_each_seed(work, chosen, workers=workers, progress=progress)
     path = comparison.write(folder.path, figures)
@@ -1032,8 +1032,9 @@ def _one_seed(
 
 
 def _logs_of(
-    dataset: list[str], angles: tuple[int, ...], known: dict[str, Any], max_rows: int, seed: int
+    dataset: list[str], angles: tuple[int, ...], known: dict[str, Any], max_rows: int, seeds: list[int], seed: int
 ) -> list[comparison.Log]:
+    """Return the logs as one of the seeds splits them; all seeds roll models out for as many steps."""
     logs = []
     for name in dataset:
         data = load(name)[:max_rows]
@@ -1044,7 +1045,9 @@ def _logs_of(
                 f"the first {len(data)} rows of {name!r} hold {episodes} episodes, three are needed: raise max_rows, "
                 "or import the log with episode_steps"
             )
-        logs.append(comparison.Log(name, *objectives.split_log(data, seed=seed), angles=angles, known=known))
+        horizon = min(comparison.horizon_of(objectives.split_log(data, seed=each)[1]) for each in seeds)
+        split = objectives.split_log(data, seed=seed)
+        logs.append(comparison.Log(name, *split, angles=angles, known=known, horizon=horizon))
     return logs
 
 
@@ -1053,12 +1056,13 @@ def _one_comparison(
     angles: tuple[int, ...],
     known: dict[str, Any],
     max_rows: int,
+    seeds: list[int],
     folder: Path,
     seed: int,
     notify: Notify,
 ) -> dict[str, Any]:
     """Play all cells of one seed; runs in a process of its own."""
-    logs = _logs_of(dataset, angles, known, max_rows, seed)
+    logs = _logs_of(dataset, angles, known, max_rows, seeds, seed)
     cells = Cells(folder / f"seed-{seed}", notify, comparison.count(logs))
     return {log.name: comparison.compare(log, seed, cells) for log in logs}
 

@@ -88,6 +88,8 @@ class Log:
         held_out: what they are judged by, of the same spaces.
         angles: observation columns in radians; their errors are taken the short way round.
         known: what is known of the system: arguments by class, such as the ``prior`` of "Hybrid".
+        horizon: steps of the longest rollout, by default `horizon_of` the held-out episodes; it must be the same for
+            all seeds of a table.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Log:
     held_out: Transitions
     angles: tuple[int, ...] = ()
     known: dict[str, Json] = field(default_factory=dict)
+    horizon: int | None = None
 
 
 class Rival(NamedTuple):
@@ -139,12 +142,27 @@ def check_known(known: Mapping[str, Json]) -> None:
         getattr(models, name)(**arguments)  # imports what the arguments name
 
 
+def horizon_of(held_out: Transitions) -> int:
+    """Return the steps of the longest rollout: `HORIZON`, or what ten held-out rows can begin (one, if so few can)."""
+    return min(HORIZON, longest_window(held_out, windows=10) or longest_window(held_out))
+
+
 def compare(log: Log, seed: int, cells: Cells) -> dict[str, Json]:
-    """Return the figures of every row for a log and seed, each from its own cell."""
+    """Return the figures of every row for a log and seed, each from its own cell.
+
+    Raises:
+        Exception: what a class says to its arguments (`SETTINGS`, `Log.known`); what goes wrong later, in a fit or
+            its judgement, is that class's failed cell.
+    """
     basis = {"rows": len(log.train), "held_out": len(log.held_out), "seed": seed, "log": _fingerprint(log)}
     basis |= {"angles": list(log.angles)} if log.angles else {}
+    basis |= {"horizon": log.horizon} if log.horizon not in (None, horizon_of(log.held_out)) else {}
     found: dict[str, Json] = {}
-    for name, rival in rivals(log).items():
+    taking_part = rivals(log)
+    for rival in taking_part.values():
+        if isinstance(rival, Rival):
+            rival.kind(**rival.arguments)
+    for name, rival in taking_part.items():
         if isinstance(rival, str):
             found[name] = {EXCLUDED: rival}
             continue
@@ -162,7 +180,7 @@ def judge(rival: Rival, log: Log, seed: int) -> Json:
     """Fit one rival and return its figures.
 
     Raises:
-        ValueError: the class refuses the log, or no held-out episode has two steps.
+        ValueError: the class refuses the log, or no held-out episode is as long as the horizon.
         ArithmeticError: the fit diverged.
     """
     rng, begun = generator(seed), time.process_time()
@@ -174,8 +192,7 @@ def judge(rival: Rival, log: Log, seed: int) -> Json:
     seconds = time.process_time() - begun
     dynamics: AbstractDynamics = model.on(0) if isinstance(model, AbstractContinual) else model
     bare = Task(log.name, reward=_nothing, terminated=never, angles=log.angles)
-    longest = longest_window(log.held_out, windows=10) or longest_window(log.held_out)
-    horizon = min(HORIZON, longest)
+    horizon = horizon_of(log.held_out) if log.horizon is None else log.horizon
     followed = fidelity_of_log(
         World(dynamics, bare, sampler="mean"),
         log.held_out,
@@ -199,11 +216,11 @@ def judge(rival: Rival, log: Log, seed: int) -> Json:
 
 
 def _judged(rival: Rival, log: Log, seed: int) -> Json:
-    """Judge a rival; what goes wrong inside PyTorch is a class that could not be fitted, and no end of the table."""
+    """Judge a rival; whatever goes wrong is a class that could not be judged, and no end of the table."""
     try:
         return judge(rival, log, seed)
-    except RuntimeError as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+    except Exception as error:
+        return {FAILED: f"{type(error).__name__}: {error}"}
 
 
 def _nothing(obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], next_obs: Float[Tensor, "b o"]) -> Tensor:
@@ -255,12 +272,21 @@ def still(figures: Figures, log: str) -> tuple[Estimate, Estimate, int] | None:
     """Return the errors of predicting no change, after one step and after the last, and how many steps those are.
 
     None where no class could be fitted on the log.
+
+    Raises:
+        ValueError: the seeds' rollouts differ in their steps, so that their errors are no samples of one figure.
     """
     cells = [cell for seed in figures.values() for cell in seed[log].values() if "still" in cell]
     if not cells:
         return None
+    steps = sorted({int(cell["horizon"]) for cell in cells})
+    if len(steps) > 1:
+        raise ValueError(
+            f"the seeds' longest rollouts on {log!r} have {steps} steps, and must be of one length: give "
+            f"Log(..., horizon={steps[0]})"
+        )
     one, far = (bootstrap_interval([cell["still"][place] for cell in cells]) for place in (0, 1))
-    return one, far, int(cells[0]["horizon"])
+    return one, far, steps[0]
 
 
 def told_best(figures: Figures) -> list[str]:

@@ -1,6 +1,7 @@
 """Model classes side by side: all of them take part, the known best wins, and what cannot be fitted is shown."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,12 +36,17 @@ def log():
     return Log("spiral", *split_log(spiral()))
 
 
+def broken(*_, **__):
+    """Fail as a class may: with an exception of any kind."""
+    raise IndexError("index 7 is out of bounds")
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Leave four classes: two that fit in closed form, one that is excluded, one that breaks."""
     named = ["Koopman", "SINDy", "MixER", "MultiHead"]
     monkeypatch.setattr(models, "__all__", named)
-    monkeypatch.setattr(models.MultiHead, "fit_task", lambda *_, **__: torch.zeros(2) + torch.zeros(3))
+    monkeypatch.setattr(models.MultiHead, "fit_task", broken)
     monkeypatch.setattr(comparison, "SPEED_SECONDS", 0.01)
     monkeypatch.setattr(comparison, "SETTINGS", {"Koopman": {"linear": {"degree": 1}}, "SINDy": {"": {"degree": 2}}})
 
@@ -81,7 +87,7 @@ def test_closed_forms_know_a_linear_system_and_cells_are_kept(log, quick, tmp_pa
     assert found["SINDy"]["still"][1] > 0.1
     assert found["SINDy"]["rate"] > 1000
     assert found["MixER"] == {EXCLUDED: comparison.REASONS["MixER"]}
-    assert "RuntimeError: The size of tensor" in found["MultiHead"][FAILED]
+    assert found["MultiHead"] == {FAILED: "IndexError: index 7 is out of bounds"}
     monkeypatch.setattr(comparison, "judge", lambda *_: pytest.fail("this cell was there"))
     assert compare(log, 0, Cells(tmp_path, silent, 3)) == found
     other = Log("spiral", *split_log(spiral(seed=1)))
@@ -106,13 +112,50 @@ def test_an_angle_that_crosses_pi_is_judged_the_short_way_round(quick, tmp_path,
     assert unnamed["far"] > 0.5, "another figure, so another cell"
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_who_stops_a_run_is_no_failed_cell(log, quick, tmp_path, monkeypatch, stop):
+    def stopped(*_, **__):
+        raise stop
+
+    monkeypatch.setattr(models.MultiHead, "fit_task", stopped)
+    with pytest.raises(stop):
+        compare(log, 0, Cells(tmp_path, silent, 3))
+    assert not list(tmp_path.glob("cells/multihead*"))
+
+
+def test_settings_that_a_class_does_not_take_end_the_table_before_it_begins(log, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "SETTINGS", {"Koopman": {"": {"degre": 1}}})
+    with pytest.raises(TypeError, match="degre"):
+        compare(log, 0, Cells(tmp_path, silent, 3))
+    assert not list(tmp_path.glob("cells/*"))
+
+
+def test_rollouts_of_all_seeds_are_of_one_length(log, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "__all__", ["Koopman"])
+    assert comparison.horizon_of(log.held_out) == 50
+    short = replace(log, horizon=40)
+    figures = {
+        seed: {"spiral": compare(each, seed, Cells(tmp_path / str(seed), silent, 1))}
+        for seed, each in enumerate((log, short))
+    }
+    assert figures[1]["spiral"]["Koopman, linear"]["horizon"] == 40
+    with pytest.raises(ValueError, match=r"'spiral' have \[40, 50\] steps.*Log\(..., horizon=40\)"):
+        comparison.table(figures)
+    kept = Cells(tmp_path / "0", silent, 1, frozen=True)
+    assert compare(replace(log, horizon=50), 0, kept) == figures[0]["spiral"], "the same figures, so the same cell"
+    figures[0]["spiral"] = compare(short, 0, Cells(tmp_path / "0", silent, 1))
+    assert comparison.still(figures, "spiral")[2] == 40
+    monkeypatch.setattr(comparison, "judge", lambda *_: pytest.fail("what 40 steps measure is there"))
+    assert compare(short, 0, Cells(tmp_path / "0", silent, 1)) == figures[0]["spiral"]
+
+
 def test_the_table_shows_what_failed_diverged_or_cannot_take_part(log, quick, tmp_path):
     figures = {seed: {"spiral": compare(log, seed, Cells(tmp_path / str(seed), silent, 3))} for seed in (0, 1)}
     figures[1]["spiral"]["SINDy"] = figures[1]["spiral"]["SINDy"] | {"far": None}
     path = comparison.write(tmp_path, figures)
     text = path.read_text()
     assert "| spiral, k = 50 | *no change* |" in text
-    assert "| spiral | MultiHead | **failed** 2x: ValueError: RuntimeError: The size" in text
+    assert "| spiral | MultiHead | **failed** 2x: IndexError: index 7 is out of bounds" in text
     assert "- MixER: tells several environments apart, and this log is of one (spiral)" in text
     assert "diverged 1x" in text
     assert all(line.count("|") == 10 for line in text.splitlines() if line.startswith("|"))
