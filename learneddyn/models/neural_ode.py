@@ -17,6 +17,7 @@ from tqdm import tqdm
 from learneddyn.core import Transitions
 from learneddyn.integrate import STABILITY, embedded_step, rk4
 from learneddyn.models.forcing import CausalWeights, forced_loss, stepwise_loss
+from learneddyn.models.hybrid import dotted
 from learneddyn.models.regression import AbstractRegression, Answer
 from learneddyn.models.scale import spread
 from learneddyn.models.windows import longest_window, window_starts, windows
@@ -32,12 +33,16 @@ class Solution(NamedTuple):
 
 
 class NeuralODE(AbstractRegression):
-    """d obs / dt = f(obs, action), the action held over a step; a reward head is integrated along.
+    """d obs / dt = known(obs, action) + f(obs, action), the action held over a step; a reward is integrated along.
+
+    f is a network that starts at zero. All rows are ``dt`` apart: a log that is sampled at irregular times must be
+    resampled before it is fitted, and only `solve` answers at other times.
 
     Answers and rollouts take ``substeps`` steps of the classical Runge-Kutta method of order 4: every lane costs the
     same. Training follows windows of ``window`` steps from their first observation, with that same integrator or with
     adaptive dopri5 (torchdiffeq, extra ``models``) at ``tolerance``; both are differentiated as they run. All rows of a
     batch share dopri5's step size; without actions one solve runs through the whole window, with actions one per step.
+    Over windows above one step the gradients are clipped: those of a free run may grow without bound.
 
     Local regularisation (dopri5 only) draws one time per update, in one of the window's solves: "uniform" over time
     (the source's unbiased form) or an accepted step ("accepted", its biased form, which costs no further point). From
@@ -47,9 +52,12 @@ class NeuralODE(AbstractRegression):
 
     Args:
         dt: seconds a step lasts.
+        known: dotted path of a function (obs [b o], action [b a], **known_arguments) -> d obs / dt [b o], in torch and
+            per second: the part of the equations that need not be learned. None: all is learned.
+        known_arguments: its keyword arguments, JSON values.
         hidden: widths of the network (tanh); its last layer starts at zero.
         positions: observation columns whose derivative is another column, the velocity of the same place in
-        velocities: (second order: only accelerations are learned).
+        velocities: (second order: only accelerations are learned, or known).
         substeps: Runge-Kutta steps per step.
         solver: "rk4" or "dopri5", in training.
         tolerance: absolute and relative, of dopri5, in standard deviations of the observations.
@@ -63,11 +71,13 @@ class NeuralODE(AbstractRegression):
         batch_size: sequences per update.
         learning_rate: of Adam, falling exponentially to
         final_learning_rate: at the last update.
+        clip: norm that the gradients of windows above one step are clipped to.
         learn_reward: add a reward head.
         holdout_ratio: share of the rows that measure the noise; the last ones for windows above 1.
 
     Raises:
-        ValueError: an argument outside its range (names it, the value, what is allowed).
+        ValueError: an argument outside its range (names it, the value, what is allowed), or a known part that cannot
+            be imported.
     """
 
     num_members = 1
@@ -75,6 +85,8 @@ class NeuralODE(AbstractRegression):
     def __init__(
         self,
         dt: float = 1.0,
+        known: str | None = None,
+        known_arguments: dict[str, Any] | None = None,
         hidden: Sequence[int] = (64, 64),
         positions: Sequence[int] = (),
         velocities: Sequence[int] = (),
@@ -91,6 +103,7 @@ class NeuralODE(AbstractRegression):
         batch_size: int = 64,
         learning_rate: float = 5e-3,
         final_learning_rate: float = 1e-4,
+        clip: float = 1.0,
         learn_reward: bool = False,
         holdout_ratio: float = 0.2,
     ) -> None:
@@ -98,6 +111,7 @@ class NeuralODE(AbstractRegression):
         regularised = regularisation != "none"
         for name, ok, value, allowed in (
             ("dt", dt > 0, dt, "above 0"),
+            ("hidden", all(width >= 1 for width in hidden), list(hidden), "widths of at least 1"),
             ("velocities", len(velocities) == len(positions), list(velocities), "one per position"),
             ("substeps", substeps >= 1, substeps, "at least 1"),
             ("solver", solver in ("rk4", "dopri5"), solver, "'rk4' or 'dopri5'"),
@@ -112,19 +126,31 @@ class NeuralODE(AbstractRegression):
             ("draw", draw in ("accepted", "uniform"), draw, "'accepted' or 'uniform'"),
             ("final_strength", 0 < final_strength <= strength, final_strength, "above 0 and at most strength"),
             ("window", window >= 1, window, "at least 1"),
+            ("causal", all(sharpness > 0 for sharpness in causal), list(causal), "positive numbers, or none"),
             ("updates", updates >= 1, updates, "at least 1"),
+            ("batch_size", batch_size >= 1, batch_size, "at least 1"),
+            ("learning_rate", learning_rate > 0, learning_rate, "above 0"),
+            (
+                "final_learning_rate",
+                0 < final_learning_rate <= learning_rate,
+                final_learning_rate,
+                "above 0 and at most learning_rate",
+            ),
+            ("clip", clip > 0, clip, "above 0"),
             ("holdout_ratio", 0 < holdout_ratio < 1, holdout_ratio, "between 0 and 1"),
         ):
             if not ok:
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
         self.dt, self.hidden, self.substeps = dt, list(hidden), substeps
+        self.known, self.known_arguments = known, known_arguments or {}
+        self._known = dotted("known", known) if known else None
         self.positions, self.velocities = list(positions), list(velocities)
         self.solver, self.tolerance = solver, tolerance
         self.regularisation, self.draw = regularisation, draw
         self.strength, self.final_strength = strength, final_strength
         self.window, self.causal = window, list(causal)
         self.updates, self.batch_size = updates, batch_size
-        self.learning_rate, self.final_learning_rate = learning_rate, final_learning_rate
+        self.learning_rate, self.final_learning_rate, self.clip = learning_rate, final_learning_rate, clip
         self.learn_reward, self.holdout_ratio = learn_reward, holdout_ratio
 
     def _build_members(self, spaces: Spaces) -> None:
@@ -135,6 +161,10 @@ class NeuralODE(AbstractRegression):
                 f"positions and velocities must be distinct observation columns 0 to {o - 1}, got {self.positions} "
                 f"and {self.velocities}"
             )
+        if self._known is not None:
+            shape = tuple(self._known(torch.zeros(2, o), torch.zeros(2, a), **self.known_arguments).shape)
+            if shape != (2, o):
+                raise ValueError(f"known must return the shape [b, {o}] of the observations, got {shape} for b = 2")
         free = [column for column in range(o + self.learn_reward) if column not in self.positions]
         layers: list[nn.Module] = []
         for width, wider in pairwise([o + a, *self.hidden, len(free)]):  # `_initialise` draws the weights
@@ -152,6 +182,10 @@ class NeuralODE(AbstractRegression):
         """Return the time derivative of standardised states (and of the reward so far) under standardised inputs."""
         x = y[:, : len(self.obs_mean)]
         learned = self.network(torch.cat([x, u], dim=1)) * (self.change[self.free] / self.dt)
+        if self._known is not None:
+            obs, action = x * self.obs_std + self.obs_mean, u * self.action_std + self.action_mean
+            rate = self._known(obs, action, **self.known_arguments) / self.obs_std
+            learned = learned + nn.functional.pad(rate, (0, y.shape[1] - x.shape[1]))[:, self.free]
         if not self.positions:
             return learned
         p, v = self.positions, self.velocities
@@ -188,10 +222,13 @@ class NeuralODE(AbstractRegression):
             times: increasing seconds, the first one above 0.
 
         Raises:
-            ValueError: the model has not been fitted.
+            ValueError: the model has not been fitted, or times that do not increase from above 0.
+            FloatingPointError: the solver's step underflowed, or a state was no longer finite.
             ImportError: torchdiffeq is not installed (names the extra).
         """
         self._require_fitted()
+        if not bool((times.diff(prepend=times.new_zeros(1)) > 0).all()):
+            raise ValueError(f"times must increase, the first one above 0, got {times.tolist()}")
         watched = _Watched(self._under((action - self.action_mean) / self.action_std))
         start = self.embed((obs - self.obs_mean) / self.obs_std)
         reached = self._adaptive(watched, start, times.double())[:, :, : obs.shape[1]]
@@ -201,14 +238,15 @@ class NeuralODE(AbstractRegression):
         return lambda y: self.slope(y, u)
 
     def _adaptive(self, watched: "_Watched", start: Tensor, times: Tensor) -> Float[Tensor, "t b m"]:
-        return _odeint()(
-            watched,
-            start,
-            torch.cat([times.new_zeros(1), times]),
-            method="dopri5",
-            rtol=self.tolerance,
-            atol=self.tolerance,
-        )[1:]
+        odeint, tolerance = _odeint(), self.tolerance
+        times = torch.cat([times.new_zeros(1), times])
+        try:
+            return odeint(watched, start, times, method="dopri5", rtol=tolerance, atol=tolerance)[1:]
+        except AssertionError as error:  # torchdiffeq asserts that its step and the state stay finite
+            raise FloatingPointError(
+                f"dopri5 gave up after {watched.calls} evaluations at tolerance {tolerance}: {error}. The flow grew "
+                "stiff or not finite: lower learning_rate, shorten window, raise tolerance, or train with solver='rk4'"
+            ) from error
 
     def _every(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Tensor | None) -> Answer:
         x, o = (obs - self.obs_mean) / self.obs_std, obs.shape[1]
@@ -259,6 +297,8 @@ class NeuralODE(AbstractRegression):
                     loss = loss + self.strength * fall * local
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            if window > 1:
+                nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
             optimizer.step()
             schedule.step()
             recent.append({"loss": float(loss.detach())} | figures)

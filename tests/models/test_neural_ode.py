@@ -1,6 +1,7 @@
 """Neural ODEs: known flows, held actions, second order, solvers that agree, regularisation at the solver's own step."""
 
 import builtins
+import copy
 import math
 
 import gymnasium as gym
@@ -97,6 +98,80 @@ def test_the_solvers_agree_and_the_evaluations_are_counted(trained):
     assert (costs[0] - 2) % 6 == 0, "two before the first step, six a step: the last stage of one begins the next"
 
 
+def pull(obs, action, stiffness):
+    """The oscillator's own equations."""
+    return torch.stack([obs[:, 1], action[:, 0] - stiffness * obs[:, 0]], dim=1)
+
+
+def reward_only(obs, action):
+    return action
+
+
+@pytest.mark.parametrize("order", [{}, {"positions": [0], "velocities": [1]}])
+@pytest.mark.parametrize("learn_reward", [False, True])
+def test_what_is_known_need_not_be_learned(order, learn_reward, tmp_path):
+    still = {"updates": 1, "learning_rate": 1e-9, "final_learning_rate": 1e-9, "learn_reward": learn_reward} | order
+    data = log()
+    model, _ = fitted(data, known=f"{__name__}.pull", known_arguments={"stiffness": 1.0}, **still)
+    assert torch.allclose(model.predict(data.obs, data.action).mean[0], data.next_obs, atol=1e-5)
+    model.save(tmp_path / "model")
+    again = NeuralODE.load(tmp_path / "model").predict(data.obs, data.action).mean
+    assert torch.equal(again, model.predict(data.obs, data.action).mean)
+
+
+def test_the_network_learns_what_is_not_known():
+    data, budget = log(), {"updates": 100, "batch_size": 64, "learning_rate": 0.02, "learn_reward": False}
+    wrong, _ = fitted(data, known=f"{__name__}.pull", known_arguments={"stiffness": 0.5}, **(budget | {"updates": 1}))
+    model, _ = fitted(data, known=f"{__name__}.pull", known_arguments={"stiffness": 0.5}, **budget)
+    errors = [(m.predict(data.obs, data.action).mean[0] - data.next_obs).square().mean() for m in (wrong, model)]
+    assert errors[1] < 0.1 * errors[0]
+
+
+def test_a_known_part_has_the_shape_of_the_observations():
+    with pytest.raises(ValueError, match=r"known must return the shape \[b, 2\] of the observations, got \(2, 1\)"):
+        fitted(log(2, 3), known=f"{__name__}.reward_only")
+
+
+def test_gradients_are_clipped_over_windows_alone(monkeypatch):
+    norms, real = [], torch.optim.Adam.step
+
+    def step(self, *arguments):
+        gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+        norms.append(float(torch.cat(gradients).norm()))
+        return real(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    fitted(log(), window=4, clip=0.01)
+    assert norms == pytest.approx([0.01] * 3, rel=1e-3)
+    norms.clear()
+    fitted(log(), window=1, clip=0.01)
+    assert min(norms) > 0.02
+
+
+def test_a_flow_that_the_solver_cannot_follow(trained):
+    model, _ = trained
+    steep = copy.deepcopy(model)
+    with torch.no_grad():
+        steep.network[-1].weight.fill_(1e30)
+    with pytest.raises(
+        FloatingPointError, match=r"dopri5 gave up after .* at tolerance 1e-05: .*: lower learning_rate"
+    ):
+        steep.solve(torch.randn(3, 2, generator=generator(5)), torch.zeros(3, 1), torch.tensor([DT]))
+    for times in ([0.0, 1.0], [1.0, 1.0], [2.0, 1.0]):
+        with pytest.raises(ValueError, match="times must increase, the first one above 0"):
+            model.solve(torch.zeros(1, 2), torch.zeros(1, 1), torch.tensor(times))
+
+
+def test_a_fit_that_explodes_leaves_the_model_as_it_was():
+    data = log(actions=0)
+    model, _ = fitted(data, solver="dopri5", window=4)
+    before = model.predict(data.obs, data.action).mean
+    model.learning_rate = model.final_learning_rate = 1e25
+    with pytest.raises(FloatingPointError, match="dopri5 gave up"):
+        model.fit(data, rng=generator(0))
+    assert torch.equal(model.predict(data.obs, data.action).mean, before)
+
+
 @pytest.mark.parametrize("actions", [0, 1])
 @pytest.mark.parametrize("regularisation", ["none", "error", "stiffness"])
 @pytest.mark.parametrize("draw", ["accepted", "uniform"])
@@ -175,6 +250,13 @@ def test_windows_hold_out_the_last_rows():
         ({"regularisation": "error"}, "solver must be 'dopri5' with a regularisation, got 'rk4'"),
         ({"positions": [0]}, "velocities must be one per position"),
         ({"final_strength": 1.0}, "final_strength must be above 0 and at most strength"),
+        ({"hidden": [16, 0]}, r"hidden must be widths of at least 1, got \[16, 0\]"),
+        ({"causal": [1.0, -2.0]}, r"causal must be positive numbers, or none, got \[1.0, -2.0\]"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"final_learning_rate": 0.5}, "final_learning_rate must be above 0 and at most learning_rate, got 0.5"),
+        ({"clip": 0.0}, "clip must be above 0, got 0.0"),
+        ({"known": "nowhere.to.be_found"}, "known must be the dotted path of a function, got 'nowhere.to.be_found'"),
     ],
 )
 def test_bad_arguments(arguments, message):
