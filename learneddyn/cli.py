@@ -316,7 +316,7 @@ def fit(
         "horizon": horizon,
     }
     # A mistake in the settings must not cost a fit.
-    check_settings(out, **settings)
+    check_settings(out, **settings, model=model)
     rng = generator(seed, device)
     data = load(dataset, device=device)
     if data.spaces is not None and _registered(env_id):

@@ -124,11 +124,13 @@ def imagination_figures(world: World, rows: Transitions, penalty: Penalty | None
     Args:
         world: that imagined them.
         rows: imagined.
-        penalty: measure of uncertainty, by default the world's own, else ``max_pairwise_diff``.
+        penalty: measure of uncertainty, by default the world's own, else ``max_pairwise_diff``; of a model of one
+            member ``max_aleatoric``.
     """
     if not len(rows):
         return {}
-    measure = penalty or world.penalty or PENALTIES["max_pairwise_diff"]
+    usual = "max_pairwise_diff" if world.dynamics.num_members > 1 else "max_aleatoric"
+    measure = penalty or world.penalty or PENALTIES[usual]
     some = rows[_some(torch.arange(len(rows), device=rows.device))]
     prediction = world.dynamics.predict(some.obs, some.action)
     member = prediction.elites[0].expand(len(some))

@@ -26,7 +26,7 @@ from learneddyn import tasks
 from learneddyn.core import Json, Task, Transitions, generator
 from learneddyn.files import replaced_folder, surviving_folder, write_file
 from learneddyn.models.base import AbstractDynamics
-from learneddyn.world import PENALTIES, SAMPLERS, World, all_trusted, within_box
+from learneddyn.world import PENALTIES, SAMPLERS, World, all_trusted, require_members, within_box
 from learneddyn.world.truth import TruthDynamics
 
 FORMAT = 1
@@ -96,8 +96,8 @@ def save_world(
         start: observations that episodes begin at; None leaves it to the task.
 
     Raises:
-        ValueError: an unknown sampler or penalty, a horizon or margin out of range, tables with the wrong columns, or a
-            model that is not fitted.
+        ValueError: an unknown sampler or penalty, a penalty that compares members of a model of one, a horizon or
+            margin out of range, tables with the wrong columns, or a model that is not fitted.
         FileExistsError: the folder holds something else.
     """
     card = check_settings(
@@ -138,11 +138,13 @@ def check_settings(
     trust_margin: float | None = 0.5,
     halt_reward: float | None = None,
     horizon: int | None = None,
+    model: AbstractDynamics | None = None,
 ) -> Json:
     """Return the card of a world that `save_world` may write: what can be refused before a model is fitted for it.
 
     Raises:
-        ValueError: an unknown sampler or penalty, or a number out of its range.
+        ValueError: an unknown sampler or penalty, a number out of its range, or a penalty that compares members where
+            ``model`` has only one.
         UnknownTask: the task is not one of `learneddyn.tasks.names`.
         FileExistsError: the folder holds something else.
     """
@@ -161,6 +163,8 @@ def check_settings(
         "horizon": horizon,
     }
     _check_card(card, "")
+    if model is not None and penalty is not None:
+        require_members(PENALTIES[penalty], model.num_members)
     return card
 
 

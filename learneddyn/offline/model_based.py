@@ -46,7 +46,7 @@ from learneddyn.offline.reach import edge_of_reach_share
 from learneddyn.offline.sac import DIVERSE_NETS, WIDE, OfflineSAC
 from learneddyn.offline.transition_filter import TransitionFilter, quantile_of, threshold_of
 from learneddyn.spaces import Spaces
-from learneddyn.world import PENALTIES, Sampler, World, penalty_below
+from learneddyn.world import PENALTIES, Sampler, World, penalty_below, require_members
 
 MANY = 0.1
 """Share of the log below `OfflineMBPO`'s ``least_dynamics_reward`` from which on it warns."""
@@ -98,7 +98,7 @@ class OfflineMBPO(OfflineSAC):
 
     Raises:
         ValueError: an argument outside its range, a dynamics reward beside another sampler or pessimism, a model or
-            dynamics reward of other spaces than the data's, or a model with too few elites.
+            dynamics reward of other spaces than the data's, or a model with too few members or elites.
         DataError: neither a task nor a terminal flag says whether imagined rollouts end.
         Diverged: the model's steps are not finite, or a loss (see `OfflineAlgorithm.learn`).
     """
@@ -197,6 +197,9 @@ class OfflineMBPO(OfflineSAC):
             self.task = Task(rows.source or "log")
         if self.model is None and self._model_card is None:
             self.model = default_dynamics(self.task)
+        if self.model is not None:
+            for penalty in (self.penalty, "max_pairwise_diff") if self.pessimism else (self.penalty,):
+                require_members(PENALTIES[penalty] if isinstance(penalty, str) else penalty, self.model.num_members)
         assert rows.spaces is not None
         self.rows = rows
         self._low, self._high = bounds(rows.spaces.action, self.device)

@@ -1,6 +1,6 @@
 """A learned model and a task, put together: start, step, rollout, returns."""
 
-from learneddyn.world.penalties import PENALTIES
+from learneddyn.world.penalties import PENALTIES, require_members
 from learneddyn.world.row import Row, RowStep, step_row, steps_rows
 from learneddyn.world.sampling import SAMPLERS, Sampler, elite, mean, ts1, tsinf
 from learneddyn.world.sentinel import Divergence, ModelDiverged, Sentinel, strict
@@ -22,6 +22,7 @@ __all__ = [
     "elite",
     "mean",
     "penalty_below",
+    "require_members",
     "step_row",
     "steps_rows",
     "strict",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from learneddyn.core import ActionFn, Dynamics, Outcome, Penalty, State, Step, Task, Transitions
 from learneddyn.models.base import AbstractDynamics
+from learneddyn.world.penalties import require_members
 from learneddyn.world.sampling import SAMPLERS, Heard, Sampler, draw_members
 from learneddyn.world.sentinel import Sentinel, told
 from learneddyn.world.trust import Trust, all_trusted
@@ -39,7 +40,8 @@ class World:
 
     Raises:
         ValueError: the model is not fitted, neither task nor model answers reward or termination (models that are no
-            AbstractDynamics say so at the first step), an unknown sampler, or a halt_reward of another kind.
+            AbstractDynamics say so at the first step), an unknown sampler, a penalty that compares members beside a
+            model of one, or a halt_reward of another kind.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class World:
             _require_heads(dynamics, task)
         if penalty_weight and penalty is None:
             raise ValueError(f"penalty_weight is {penalty_weight} but no penalty is given")
+        if penalty is not None:
+            require_members(penalty, dynamics.num_members)
         self.dynamics, self.task, self.spaces = dynamics, task, dynamics.spaces
         self.sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
         self.penalty, self.penalty_weight = penalty, penalty_weight

@@ -121,6 +121,13 @@ def test_disagreement_is_the_uncertainty_of_imagined_rows():
     assert imagination_figures(World(Drift(), TASK), data[:0]) == {}
 
 
+def test_the_uncertainty_of_a_model_of_one_member_is_the_noise_it_admits():
+    alone = Drift(bias=(0.3,), std=2.0)
+    alone.num_members, alone.elites = 1, torch.tensor([0])
+    figures = imagination_figures(World(alone, TASK), walk())
+    assert figures["imagined/uncertainty"] == pytest.approx(2 * math.sqrt(2), rel=1e-5)
+
+
 def test_an_alarm_rings_once_until_it_is_set_again():
     alarm = Alarm("so what")
     for when in ("first: ", "second: "):

@@ -226,6 +226,19 @@ def test_models_that_do_not_go_with_the_data_or_the_rule(log, model):
         MOPO("MlpPolicy", log, model=broken, **SMALL).learn(1)
 
 
+@pytest.mark.parametrize(
+    ("learner", "argument", "name"),
+    [
+        (MOPO, {"penalty": "ll_var"}, "ll_var"),
+        (OfflineMBPO, {"penalty": "loo_kl", "penalty_weight": 0.0}, "loo_kl"),
+        (MOReL, {"pessimism": 2.0}, "max_pairwise_diff"),
+    ],
+)
+def test_what_compares_members_is_refused_for_a_model_of_one_before_it_is_fitted(log, learner, argument, name):
+    with pytest.raises(ValueError, match=f"{name} compares the members of a model and needs at least 2, got 1"):
+        learner("MlpPolicy", log, model=ProbabilisticEnsemble(1, 1), **(SMALL | argument))
+
+
 def test_the_truth_imagines_too(log, tmp_path):
     """A model that is no AbstractDynamics is not saved, and is asked for when learning goes on."""
     still = Still(log.spaces)

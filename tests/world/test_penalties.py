@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from world_doubles import Shifts
 
-from learneddyn.core import Prediction, State
+from learneddyn.core import Prediction, State, Task
+from learneddyn.world import World
 from learneddyn.world.penalties import KL_MAX, PENALTIES, loo_kl, max_aleatoric
 
 CLOSED_FORM = {
@@ -103,10 +105,23 @@ def test_loo_kl_follows_the_member_that_drew():
     )
 
 
-def test_loo_kl_is_clipped_and_needs_two_members():
+def test_loo_kl_is_clipped():
     assert ask("loo_kl", heads([[0.0], [0.0], [1e4]], [[1e-3], [1e-3], [1e-3]]), member=2).item() == KL_MAX
-    with pytest.raises(ValueError, match="at least 2, got 1"):
-        ask("loo_kl", heads([[0.0]], [[1.0]]))
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_model_of_one_member_has_nobody_to_differ_from(name):
+    single = heads([[0.0]], [[1.0]])
+    model, task = Shifts([[0.0]]), Task("Single-v0")
+    if name not in ("max_pairwise_diff", "ll_var", "loo_kl"):
+        assert ask(name, single) == pytest.approx(1.0)
+        World(model, task, penalty=PENALTIES[name], penalty_weight=1.0)
+        return
+    told = rf"{name} compares the members of a model and needs at least 2, got 1: .* \['ensemble_std', 'ensemble_var'"
+    with pytest.raises(ValueError, match=told):
+        ask(name, single)
+    with pytest.raises(ValueError, match=told):
+        World(model, task, penalty=PENALTIES[name], penalty_weight=1.0)
 
 
 def test_noise_hides_the_unknown_from_max_aleatoric():
