@@ -4,18 +4,14 @@
     data = truth.log(episodes=1, steps=20_000, rng=generator(0))      # Transitions without action columns
     world = World(truth, chaos.watched("Lorenz63", initial=truth.start))
 
-`lorenz63` needs nothing; every autonomous flow of the package dysts (extra ``dysts``) whose equations take batches, 100
-of the 135 of its release 0.96, comes by its name there. dysts is asked for equations, parameters and statistics only:
-its own integration is a loop in SciPy, and its published series are not in the package. Its Lyapunov exponents are
-estimates, some rough: `learneddyn.evaluation.chaos.lyapunov_spectrum` measures the one of ``truth.step``.
-
-Source: Gilpin, "Chaos as an interpretable benchmark for forecasting and data-driven modelling" (2021); the system of
-`lorenz63`: Lorenz, "Deterministic nonperiodic flow" (1963).
+`lorenz63` needs nothing; most flows of the package dysts (extra ``dysts``) come by their names there, see
+`learneddyn.plants.flows`. dysts is asked for equations, parameters and statistics only: its own integration is a loop
+in SciPy, and its published series are not in the package. Its Lyapunov exponents are estimates, some rough:
+`learneddyn.evaluation.chaos.lyapunov_spectrum` measures the one of ``truth.step``.
 """
 
-import warnings
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -24,73 +20,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from learneddyn.core import Outcome, Prediction, Transitions
-from learneddyn.integrate import Slope, rk4
+from learneddyn.integrate import rk4
+from learneddyn.plants.flows import Flow, constants, dysts_flow, lorenz63
 from learneddyn.spaces import Spaces
+
+__all__ = ["Flow", "FlowDynamics", "dysts_flow", "lorenz63"]
 
 _TRANSIENT = 500
 """Hundredths of a period until an orbit counts as being on the attractor."""
-
-
-class Flow(NamedTuple):
-    """An autonomous system ds/dt = slope(s) in units of its own."""
-
-    name: str
-    slope: Slope
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    """Statistics of its attractor, which states are standardised with."""
-    start: tuple[float, ...]
-    """A state in the attractor's basin."""
-    period: float
-    """Its dominant time scale."""
-    lyapunov: float
-    """Its largest Lyapunov exponent, per unit of time."""
-
-
-def lorenz63() -> Flow:
-    """Return Lorenz's convection: sigma = 10, rho = 28, beta = 8 / 3."""
-
-    def slope(state: Tensor) -> Tensor:
-        x, y, z = state.unbind(dim=1)
-        return torch.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z], dim=1)
-
-    mean, std = (0.0, 0.0, 23.55), (7.925, 9.01, 8.62)
-    return Flow("Lorenz63", slope, mean, std, (1.0, 1.0, 20.0), 1.5, 0.906)
-
-
-def dysts_flow(name: str) -> Flow:
-    """Return a flow of the package dysts by its name there, for example "Rossler".
-
-    Raises:
-        ImportError: dysts is not installed (names the extra).
-        ValueError: no flow has this name, it has a delay or depends on time, or its equations take no batches.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns that numba is missing, which could not compile for tensors anyway
-        try:
-            from dysts import base, flows
-        except ImportError as error:
-            raise ImportError("flows of dysts need it: pip install 'learneddyn[dysts]'") from error
-    kind = getattr(flows, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, base.DynSys)):
-        raise ValueError(f"dysts has no flow without delay called {name!r}; names are in dysts.systems")
-    system: Any = kind()
-    if system.metadata["nonautonomous"]:
-        raise ValueError(f"{name} depends on time; a state that does not hold the time cannot be stepped")
-    equations = getattr(system._rhs, "py_func", system._rhs)  # numba, where it is installed, wraps them
-
-    def slope(state: Tensor) -> Tensor:
-        parts = equations(*state.T, 0.0, *system.param_list)
-        return torch.stack([torch.as_tensor(part, dtype=state.dtype).expand(len(state)) for part in parts], dim=1)
-
-    start = tuple(np.atleast_2d(np.asarray(system.ic, np.float64))[0].tolist())
-    try:
-        slope(torch.tensor([start, start], dtype=torch.float64))
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise ValueError(f"the equations of {name} take no batches of tensors ({error})") from error
-    facts = system.metadata
-    mean, std = (tuple(float(number) for number in facts[key]) for key in ("mean", "std"))
-    return Flow(name, slope, mean, std, start, float(facts["period"]), float(facts["maximum_lyapunov_estimated"]))
 
 
 class FlowDynamics:
@@ -149,7 +86,7 @@ class FlowDynamics:
 
     def step(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"] | None = None) -> Float[Tensor, "b o"]:
         """Return the standardised states one step later; without an action nothing pushes."""
-        mean, std = (obs.new_tensor(part) for part in (self.flow.mean, self.flow.std))
+        mean, std = constants(self.flow.mean, obs), constants(self.flow.std, obs)
         push = None
         if self.forced and action is not None:
             push = torch.zeros_like(obs)
@@ -171,19 +108,30 @@ class FlowDynamics:
 
     @torch.no_grad()
     def start(self, lanes: int, rng: torch.Generator) -> Float[Tensor, "b o"]:
-        """Draw states on the attractor: from around the flow's own start, five to ten periods later (float32)."""
-        mean, std, start = (
-            torch.tensor(part, dtype=torch.float64, device=self.device)
-            for part in (self.flow.mean, self.flow.std, self.flow.start)
-        )
+        """Draw states on the attractor: from around the flow's own start, five to ten periods later (float32).
+
+        The way there is cut as finely as `step` cuts it.
+
+        Raises:
+            FloatingPointError: an orbit is not finite: more substeps are needed.
+        """
+        like = torch.empty(0, dtype=torch.float64, device=self.device)
+        mean, std, start = (constants(part, like) for part in (self.flow.mean, self.flow.std, self.flow.start))
         noise = torch.randn(lanes, len(mean), generator=rng, device=self.device, dtype=torch.float64)
         state, drawn = start + 0.1 * std * noise, torch.empty_like(noise)
         chosen = _TRANSIENT + torch.randint(_TRANSIENT, (lanes,), generator=rng, device=self.device)
+        hundredth = self.flow.period / 100
+        substeps = math.ceil(hundredth * self.substeps / self.dt - 1e-9)
         for number in range(2 * _TRANSIENT):
             drawn = torch.where((chosen == number)[:, None], state, drawn)
-            state = rk4(self.flow.slope, state, self.flow.period / 100)
-        drawn = (drawn - mean) / std
-        return drawn.float()
+            state = rk4(self.flow.slope, state, hundredth, substeps)
+        lost = int((~drawn.isfinite().all(dim=1)).sum())
+        if lost:
+            raise FloatingPointError(
+                f"{lost} of {lanes} orbits of {self.flow.name} are not finite in steps of "
+                f"{self.dt / self.substeps:.3g}: raise substeps, now {self.substeps}"
+            )
+        return ((drawn - mean) / std).float()
 
     @torch.no_grad()
     def log(self, episodes: int, steps: int, rng: torch.Generator) -> Transitions:
