@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,6 +23,9 @@ from learneddyn.models.regression import AbstractRegression, Answer
 from learneddyn.models.scale import EXACT, spread
 from learneddyn.models.terms import evaluate_terms
 from learneddyn.spaces import Spaces
+
+_ROUNDING = 1e-30
+"""Least variance of a weight, in units of the target: exact data leave none, and certainty is a quotient."""
 
 
 def persistence(obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"]) -> Float[Tensor, "b o"]:
@@ -36,9 +39,15 @@ class Hybrid(AbstractRegression):
     The increments (next obs - prior) / dt are regressed on candidate terms (see `learneddyn.models.terms`), which are
     evaluated midway through the step, where the discretisation error is of second order; an answer finds the middle by
     one repetition.
-    Terms that automatic relevance determination keeps, and whose share of the increment exceeds ``keep`` of the
-    largest, make the residual; `equations` prints it with error bars. With ``observation_noise`` the increments come
-    from an ensemble Kalman filter. ``residual="neural"`` puts a small zero-initialised MLP in place of the terms.
+    Terms that automatic relevance determination keeps, that are ``certainty`` standard deviations away from zero, and
+    whose share of the increment exceeds ``keep`` of the largest, make the residual; `equations` prints it with error
+    bars. With ``observation_noise`` the increments come from an ensemble Kalman filter. ``residual="neural"`` puts a
+    small zero-initialised MLP in place of the terms.
+
+    Deviation: the source prunes by a threshold on the terms' precision alone. The evidence rises with every term that
+    is more than one standard deviation away from zero, so that noise brings in about a third of the terms that are not
+    there, and each takes from those that it resembles. Terms are therefore dropped one at a time, the least certain
+    first, and the others fitted anew; ``certainty=0`` leaves what the evidence keeps.
 
     Args:
         prior: dotted path of a function (obs [b o], action [b a], **prior_arguments) -> next obs [b o], in torch;
@@ -52,6 +61,7 @@ class Hybrid(AbstractRegression):
         residual: "sparse" or "neural".
         terms: candidates; None for 1, every column (of an angle, sine and cosine), every action.
         keep: share of the largest term's contribution below which a term is dropped.
+        certainty: posterior standard deviations from zero below which a term is dropped.
         observation_noise: standard deviation per observation column, or one for all; None for exact observations.
         hidden: widths of the MLP.
         epochs: of training it.
@@ -75,6 +85,7 @@ class Hybrid(AbstractRegression):
         residual: str = "sparse",
         terms: Sequence[str] | None = None,
         keep: float = 0.02,
+        certainty: float = 3.0,
         observation_noise: Sequence[float] | float | None = None,
         hidden: Sequence[int] = (64, 64),
         epochs: int = 50,
@@ -87,6 +98,7 @@ class Hybrid(AbstractRegression):
             ("dt", dt > 0, dt, "above 0"),
             ("residual", residual in ("sparse", "neural"), residual, "'sparse' or 'neural'"),
             ("keep", 0 <= keep < 1, keep, "between 0 and 1"),
+            ("certainty", certainty >= 0, certainty, "at least 0"),
             ("terms", terms is None or len(terms) > 0, terms, "None or at least one term"),
             ("holdout_ratio", 0 < holdout_ratio < 1, holdout_ratio, "between 0 and 1"),
         ):
@@ -95,6 +107,7 @@ class Hybrid(AbstractRegression):
         self.prior, self.prior_arguments, self.dt = prior, prior_arguments or {}, dt
         self.angles, self.columns = list(angles), None if columns is None else list(columns)
         self.residual, self.terms, self.keep = residual, None if terms is None else list(terms), keep
+        self.certainty = certainty
         self.observation_noise, self.hidden = observation_noise, list(hidden)
         self.epochs, self.learning_rate = epochs, learning_rate
         self.learn_reward, self.holdout_ratio = learn_reward, holdout_ratio
@@ -202,13 +215,12 @@ class Hybrid(AbstractRegression):
         return enkf_increments(step, data.obs, data.action, data.next_obs, noise, rng, angles=self.angles)
 
     def _regress(self, theta: Float[Tensor, "n p"], target: Float[Tensor, "n q"], least: Float[Tensor, " q"]) -> None:
-        """Fit every output by automatic relevance determination on columns of unit scale, then drop small terms.
+        """Fit every output by automatic relevance determination on columns of unit scale.
 
         A target whose root mean square is not above ``least`` is the rounding of a prior that lacks nothing.
         """
         width = theta.square().mean(dim=0).sqrt()
-        usable = width > 0
-        x = (theta[:, usable] / width[usable]).cpu().numpy()
+        usable = (width > 0).nonzero().flatten()
         self.coefficients.zero_()
         self.deviations.zero_()
         for output in range(target.shape[1]):
@@ -216,15 +228,29 @@ class Hybrid(AbstractRegression):
             size = y.square().mean().sqrt()
             if size <= least[output]:
                 continue
-            fitted = _ard().fit(x, (y / size).cpu().numpy())
-            weight = torch.as_tensor(fitted.coef_, device=theta.device)
-            kept = weight.abs() > self.keep * weight.abs().max()
-            spread = torch.zeros_like(weight)
-            alive = torch.as_tensor(fitted.lambda_ < fitted.threshold_lambda, device=theta.device)
-            spread[alive] = torch.as_tensor(fitted.sigma_, device=theta.device).diagonal().clamp_min(0).sqrt()
-            scale = size / width[usable]
-            self.coefficients[usable, output] = torch.where(kept, weight * scale, 0.0).float()
-            self.deviations[usable, output] = torch.where(kept, spread * scale, 0.0).float()
+            terms, weight, deviation = self._select(theta / width.clamp_min(1e-300), y / size, usable)
+            self.coefficients[terms, output] = (weight * size / width[terms]).float()
+            self.deviations[terms, output] = (deviation * size / width[terms]).float()
+
+    def _select(
+        self, x: Float[Tensor, "n p"], y: Float[Tensor, " n"], terms: Int[Tensor, " _"]
+    ) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"], Float[Tensor, " k"]]:
+        """Return the terms that stay, their weights, and the weights' standard deviations."""
+        weight = deviation = x.new_zeros(0)
+        while len(terms):
+            fitted = _ard().fit(x[:, terms].cpu().numpy(), y.cpu().numpy())
+            alive = torch.as_tensor(fitted.lambda_ < fitted.threshold_lambda, device=x.device)
+            weight = torch.as_tensor(fitted.coef_, device=x.device)[alive]
+            deviation = torch.as_tensor(fitted.sigma_, device=x.device).diagonal().clamp_min(_ROUNDING).sqrt()
+            terms, share = terms[alive], weight.abs()
+            weak = (share <= self.keep * max(share.tolist(), default=0.0)) | (share < self.certainty * deviation)
+            if not bool(weak.any()):
+                break
+            stays = (
+                torch.arange(len(terms), device=x.device) != torch.where(weak, share / deviation, torch.inf).argmin()
+            )
+            terms, weight, deviation = terms[stays], weight[stays], deviation[stays]
+        return terms, weight, deviation
 
     def _train(
         self, inputs: Tensor, target: Tensor, least: Float[Tensor, " q"], rng: torch.Generator, progress: bool

@@ -26,6 +26,30 @@ def test_missing_friction_gain_and_drag_are_named_within_a_percent(tmp_path):
     assert torch.equal(again.predict(obs, action).mean, model.predict(obs, action).mean)
 
 
+def test_noise_brings_no_term_in_and_what_is_dropped_distorts_nothing():
+    """Evidence alone keeps a cube of the speed beside drag; what stays is as if only that had been offered."""
+    noisy = pairs(16_000, 0.06, 0.01, 15)
+    prior = PRIOR | {"prior_arguments": {"dt": 0.06}, "dt": 0.06}
+    evidence, model = Hybrid(**prior, terms=TERMS, certainty=0.0), Hybrid(**prior, terms=TERMS)
+    alone = Hybrid(**prior, terms=list(TRUTH))
+    for one in (evidence, model, alone):
+        one.fit(noisy, rng=generator(15))
+    kept = [{t for t, c in zip(TERMS, m.coefficients[:, 0].tolist(), strict=True) if c} for m in (evidence, model)]
+    assert kept == [{*TRUTH, "x1^3"}, {*TRUTH}]
+    assert torch.equal(model.coefficients[model.coefficients != 0], alone.coefficients[:, 0])
+    assert torch.equal(model.deviations[model.deviations != 0], alone.deviations[:, 0])
+    assert (model.coefficients.abs() >= 3 * model.deviations).all()
+
+
+def test_increments_that_are_noise_name_nothing():
+    still = pairs(500, 0.06, 0.01, 0)
+    rng = generator(0)
+    data = dataclasses.replace(still, next_obs=still.obs + 0.1 * torch.randn(still.obs.shape, generator=rng))
+    model = Hybrid(terms=["1", "x1", "u0", "x1^3"])
+    model.fit(data, rng=rng)
+    assert not model.coefficients.any(), model.equations()
+
+
 def test_the_kinematic_column_stays_the_priors():
     model = Hybrid(**PRIOR, terms=TERMS)
     data = pairs(125, 0.02, 0.0, 0)
@@ -131,6 +155,8 @@ def test_terms_read_as_written():
 
 
 def test_bad_arguments():
+    with pytest.raises(ValueError, match="certainty must be at least 0, got -1"):
+        Hybrid(certainty=-1.0)
     with pytest.raises(ValueError, match="dotted path"):
         Hybrid(prior="nowhere.to.be_found")
     with pytest.raises(ValueError, match="columns must name"):
