@@ -48,6 +48,7 @@ from learneddyn.offline.transition_filter import TransitionFilter, quantile_of, 
 from learneddyn.spaces import Spaces
 from learneddyn.world import PENALTIES, Sampler, World, penalty_below, require_members
 
+from learneddyn.world.world import unanswered
 MANY = 0.1
 """Share of the log below `OfflineMBPO`'s ``least_dynamics_reward`` from which on it warns."""
 
@@ -171,6 +172,8 @@ class OfflineMBPO(OfflineSAC):
         )
 
     def _setup_model(self) -> None:
+        if data is None and self.task is not None:  # of data, `_fill` has asked
+            _check_heads(self.model, self.task)
         super()._setup_model()
         spaces = Spaces(self.observation_space, self.action_space)
         if self.model is None and self._model_card:
@@ -202,6 +205,7 @@ class OfflineMBPO(OfflineSAC):
                 require_members(PENALTIES[penalty] if isinstance(penalty, str) else penalty, self.model.num_members)
         assert rows.spaces is not None
         self.rows = rows
+        _check_heads(self.model, self.task)
         self._low, self._high = bounds(rows.spaces.action, self.device)
         self.imagined = Replay(
             self.horizon * self.rollout_batch * self.retain,
@@ -388,6 +392,13 @@ class OfflineMBPO(OfflineSAC):
 def discrepancy(model: Dynamics, data: Transitions) -> float:
     """Return the largest distance between two members' means at one logged step, ``max_D max_ij |μ_i - μ_j|``."""
     return float(weight_rule.penalties_of(model, data, PENALTIES["max_pairwise_diff"]).max())
+
+
+def _check_heads(model: object, task: Task) -> None:
+    """Refuse a model that says itself that it lacks a head the task needs: before it is fitted, not after."""
+    for what, known in (("reward", task.reward), ("termination", task.terminated)):
+        if known is None and getattr(model, f"learn_{what}", None) is False:
+            raise unanswered(task, what, model)
 
 
 @torch.no_grad()

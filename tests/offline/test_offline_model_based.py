@@ -1,12 +1,16 @@
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from learneddyn import configs
 from learneddyn.core import DataError, Outcome, Prediction, State, Task, generator
+from learneddyn.data import collect
 from learneddyn.models import ProbabilisticEnsemble
 from learneddyn.offline import COMBO, MOBILE, MOPO, RAVL, Diverged, MOReL, OfflineMBPO
 from learneddyn.offline.model_based import bellman_inconsistency
@@ -237,6 +241,29 @@ def test_models_that_do_not_go_with_the_data_or_the_rule(log, model):
 def test_what_compares_members_is_refused_for_a_model_of_one_before_it_is_fitted(log, learner, argument, name):
     with pytest.raises(ValueError, match=f"{name} compares the members of a model and needs at least 2, got 1"):
         learner("MlpPolicy", log, model=ProbabilisticEnsemble(1, 1), **(SMALL | argument))
+
+
+def test_a_model_without_the_heads_that_the_task_needs_is_refused_before_it_is_fitted(log):
+    """With data and, as a sweep asks, without; a model with the heads or a task with the functions passes."""
+    told = Task("Example-v0", reward=lambda obs, action, after: action[:, 0], terminated=never)
+    for what, task in (("reward", replace(told, reward=None)), ("termination", replace(told, terminated=None))):
+        lacking, having = ProbabilisticEnsemble(), ProbabilisticEnsemble(**{f"learn_{what}": True})
+        for data in (log, None):
+            given = {**SMALL, "task": task, "_init_setup_model": data is not None}
+            with pytest.raises(ValueError, match=f"no {what} head: fit it with learn_{what}=True"):
+                MOPO("MlpPolicy", data, model=lacking, **given)
+            MOPO("MlpPolicy", data, model=having, **given)
+            MOPO("MlpPolicy", data, model=lacking, **(given | {"task": told}))
+
+
+@pytest.mark.parametrize("real_id", ["Hopper-v5", "InvertedDoublePendulum-v5"])
+def test_the_design_choices_preset_goes_with_tasks_of_which_the_model_must_learn_parts(real_id):
+    """Their observations do not show the reward, and those of the second not the termination either."""
+    preset = yaml.safe_load((Path(configs.__file__).parent / "sweep" / "mopo-design-choices.yaml").read_text())
+    data = collect(real_id, steps=40, lanes=2, seed=0, progress=False)
+    arguments = preset["model"]["init_args"] | {"hidden": [8], "max_epochs": 1}
+    agent = MOPO("MlpPolicy", data, model=ProbabilisticEnsemble(**arguments), task=real_id, **SMALL).learn(1)
+    assert len(agent.imagined) > 0
 
 
 def test_the_truth_imagines_too(log, tmp_path):
