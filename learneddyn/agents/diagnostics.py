@@ -201,7 +201,8 @@ def return_gap(
     total = torch.cat([fresh.reward.new_zeros(1, dtype=torch.float64), fresh.reward.double().cumsum(0)])
     real = total[starts + left[starts].clamp_max(depth)] - total[starts]
     plain = World(world.dynamics, world.task, sampler=world.sampler, trust=world.trust, halt_reward=world.halt_reward)
-    rows = plain.rollout(fresh.obs[starts], policy, depth, rng)
+    memory = memory_of(world.dynamics, fresh)
+    rows = plain.rollout(fresh.obs[starts], policy, depth, rng, None if memory is None else memory[starts])
     imagined = torch.zeros_like(real).index_add_(0, rows.episode, rows.reward.double())
     return {"imagined/return": float(imagined.mean()), "real/return": float(real.mean())}
 

@@ -265,7 +265,7 @@ class Dyna(OffPolicyAlgorithm):
 
     @torch.no_grad()
     def imagine(self) -> Transitions:
-        """Roll out the policy from real states, and put the rows into the pool.
+        """Roll out the policy from real states, remembered as they came about, and put the rows into the pool.
 
         Rows that terminate, or whose model diverges, stop there.
         """
@@ -278,9 +278,9 @@ class Dyna(OffPolicyAlgorithm):
         self.policy.set_training_mode(False)
         self._alarm.begin(f"after {self.num_timesteps} real steps: ")
         with self.watch("imagine"):
-            starts = self.replay_buffer.real.sample(self.rollout_batch, self.rng).obs
+            starts, memory = self._starts()
             policy = self.imagination_policy(self.world)
-            rows = self.world.rollout(starts, policy, length, self.rng)
+            rows = self.world.rollout(starts, policy, length, self.rng, memory)
             self.replay_buffer.add_imagined(rows)
         if self.diagnose:
             with self.watch("diagnose"), _untouched(self.rng):
@@ -288,6 +288,20 @@ class Dyna(OffPolicyAlgorithm):
         self._log({"imagined/length": length, "imagined/rows": len(pool)} | self.watch.shares())
         self.on_imagined(rows)
         return rows
+
+    def _starts(self) -> tuple[Float[Tensor, "b o"], Float[Tensor, "b m"] | None]:
+        """Return real states drawn for imagination, and what the model remembers there.
+
+        A model with memory walks along all real rows for that: one more prediction per row.
+        """
+        replay = self.replay_buffer.real
+        if self.dynamics.begin(torch.zeros(1, replay.obs_dim, device=self.device)) is None:
+            return replay.sample(self.rollout_batch, self.rng).obs, None
+        data = self.real_data()
+        memory = self.dynamics.remembered(data)
+        assert memory is not None
+        drawn = torch.randint(len(data), (self.rollout_batch,), generator=self.rng, device=self.device)
+        return data.obs[drawn], memory[drawn]
 
     def real_data(self, newest: int | None = None) -> Transitions:
         """Return the real transitions (or the newest ones only) in environment units, every lane's episodes whole."""

@@ -173,7 +173,7 @@ class AbstractDynamics(AbstractModel):
 
     @torch.no_grad()
     def remembered(self, data: Transitions) -> Float[Tensor, "n m"] | None:
-        """Return what the model remembers before each row of a log; None for a model without memory.
+        """Return what the model remembers before each row of a log, on its device; None for a model without memory.
 
         Memory grows along unbroken stretches (`learneddyn.models.windows`): it begins afresh where an episode starts or
         rows are missing. The cost is one prediction per row, in as many calls as the longest stretch has rows.
@@ -183,10 +183,11 @@ class AbstractDynamics(AbstractModel):
         """
         if self.spaces is None:
             raise ValueError(f"{type(self).__name__} has not been fitted: call fit(data) or load a model first")
+        stretches, data = along(data), data.to(self.elites.device)
         memory = self.begin(data.obs)
         if memory is None:
             return None
-        for rows in along(data):
+        for rows in stretches:
             before = rows - 1
             after = self.predict(data.obs[before], data.action[before], memory[before]).memory
             if after is None:

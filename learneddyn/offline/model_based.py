@@ -36,6 +36,7 @@ from learneddyn.agents.dyna import default_dynamics
 from learneddyn.core import DataError, Dynamics, Json, Penalty, Prediction, RewardFn, Task, Transitions
 from learneddyn.data.replay import Batch, MixedReplay, Replay
 from learneddyn.models import AbstractDynamics, AbstractModel, blueprint, from_blueprint
+from learneddyn.models.base import memory_of
 from learneddyn.offline import weight_rule
 from learneddyn.offline.base import Cosine, Diverged
 from learneddyn.offline.dataset import Data, bounds
@@ -162,6 +163,7 @@ class OfflineMBPO(OfflineSAC):
         self.horizon, self.rollout_batch, self.rollout_every = horizon, rollout_batch, rollout_every
         self.retain, self.real_ratio = retain, real_ratio
         self.world: World | None = None
+        self._memory: Tensor | None = None  # [n m]: what the model remembers before each row of the log
         super().__init__(
             policy,
             data,
@@ -298,6 +300,7 @@ class OfflineMBPO(OfflineSAC):
                         self.logger.record(f"{kind}/{name}", value)
             self._check_model(self.model)
             self.world = self.make_world()
+            self._memory = memory_of(self.model, self.rows)
             self.logger.record("imagined/penalty_rule", self.penalty_rule, exclude=("csv", "tensorboard"))
         return found
 
@@ -315,7 +318,8 @@ class OfflineMBPO(OfflineSAC):
     def imagine(self) -> Transitions:
         """Roll the policy out from logged states, keep the rows for the updates and return them as the world gave them.
 
-        A rollout that is cut at the horizon is not terminated there.
+        A model with memory starts with what it remembers of the log there. A rollout that is cut at the horizon is not
+        terminated there.
         """
         assert self.world is not None
         first = torch.randint(len(self.rows), (self.rollout_batch,), generator=self._rng, device=self.device)
@@ -324,7 +328,8 @@ class OfflineMBPO(OfflineSAC):
             return self._unscaled(self.policy.actor.sample(obs, self._rng))
 
         self._halts()  # forgets what others have played in this world
-        rows = self.world.rollout(self.rows.obs[first], act, self.horizon, self._rng)
+        memory = None if self._memory is None else self._memory[first]
+        rows = self.world.rollout(self.rows.obs[first], act, self.horizon, self._rng, memory)
         if not len(rows):
             raise Diverged(f"none of {self.rollout_batch} imagined first steps is finite: the model has diverged")
         self.imagined.add(self._prepared(rows))
@@ -380,7 +385,7 @@ class OfflineMBPO(OfflineSAC):
         super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["model", "dynamics_reward", "world", "rows", "imagined", "_mixed", "_low", "_high"]
+        own = ["model", "dynamics_reward", "world", "rows", "imagined", "_memory", "_mixed", "_low", "_high"]
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

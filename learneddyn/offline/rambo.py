@@ -92,6 +92,10 @@ class RAMBO(OfflineMBPO):
         parameters = list(self.model.parameters()) if isinstance(self.model, AbstractDynamics) else []
         if not parameters:
             raise ValueError(f"RAMBO trains its model: {type(self.model).__name__} has no parameters to train")
+        if self._memory is not None:
+            raise ValueError(
+                f"RAMBO trains its model on single steps: {type(self.model).__name__} must keep no memory here"
+            )
         # A fresh Adam for every call of learn: its moments are those of another game by then.
         self._model_optimizer = torch.optim.Adam(parameters, lr=self.model_learning_rate)
         return found

@@ -111,15 +111,27 @@ class World:
         return after, step
 
     @torch.no_grad()
-    def rollout(self, obs: Float[Tensor, "b o"], policy: ActionFn, horizon: int, rng: torch.Generator) -> Transitions:
+    def rollout(
+        self,
+        obs: Float[Tensor, "b o"],
+        policy: ActionFn,
+        horizon: int,
+        rng: torch.Generator,
+        memory: Float[Tensor, "b m"] | None = None,
+    ) -> Transitions:
         """Imagine ``horizon`` steps from every start, acting by ``policy``, asked about 2048 rows at a time on the CPU.
 
         A row stops at its first terminated or untrusted step (the untrusted step itself is left out) and never
-        reappears. Rows come out grouped by episode (one per start), in order of time.
+        reappears. Rows come out grouped by episode (one per start), in order of time. ``memory`` is what the model
+        remembers at ``obs`` (`learneddyn.models.base.memory_of` tells it for logged rows), by default nothing: then
+        every start begins an episode.
+
+        Raises:
+            ValueError: horizon below 1.
         """
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1, got {horizon}")
-        state = self.start(obs, rng)
+        state = self.start(obs, rng)._replace(memory=memory)
         episode = torch.arange(len(obs), device=obs.device)
         parts: list[tuple[Tensor, ...]] = []
         for number in range(1, horizon + 1):

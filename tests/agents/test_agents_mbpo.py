@@ -15,7 +15,7 @@ from learneddyn.agents import MBPO, DynaCrossQ, DynaTD3, DynaTQC
 from learneddyn.agents.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from learneddyn.agents.dyna import pool_capacity, rollout_length
 from learneddyn.core import Task, generator
-from learneddyn.models import ProbabilisticEnsemble
+from learneddyn.models import Koopman, ProbabilisticEnsemble
 from learneddyn.tasks import UnknownTask
 from learneddyn.world import World
 
@@ -388,3 +388,15 @@ def test_a_model_without_the_heads_that_the_task_needs():
     learned = agent(task=Task("Pendulum-v1"), heads={"learn_reward": True, "learn_termination": True})
     learned.learn(150)
     assert len(learned.replay_buffer.imagined) == 200
+
+
+@torch.no_grad()
+def test_a_model_with_memory_imagines_from_what_led_to_the_real_row():
+    mine = agent(model=Koopman(degree=1, delays=3), sampler="mean", gradient_steps=0)
+    mine.learn(101)
+    data, rows = mine.real_data(), mine.imagine()
+    at = (rows.obs[:, None] == data.obs).all(dim=2).long().argmax(dim=1)
+    assert torch.equal(data.obs[at], rows.obs)
+    wanted = mine.dynamics.predict(rows.obs, rows.action, mine.dynamics.remembered(data)[at]).mean[0]
+    torch.testing.assert_close(rows.next_obs, wanted)
+    assert (wanted - mine.dynamics.predict(rows.obs, rows.action).mean[0]).abs().max() > 1e-4

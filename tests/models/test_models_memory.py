@@ -195,3 +195,23 @@ def test_delays_are_learned_as_they_are_remembered():
     model.fit(kept, rng=generator(0))
     lifted = torch.cat([psi for psi, _ in model.lifted_pairs(kept)])
     torch.testing.assert_close(lifted[:, 1 + 3 :].float(), model.remembered(kept), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rollouts_from_logged_rows_begin_with_their_memory(model):
+    data, world = example_transitions(), World(model, TASK, sampler="elite")
+    rows, member = torch.arange(3, 60), torch.zeros(57, dtype=torch.long)
+    memory = model.remembered(data)[rows]
+    imagined = world.rollout(data.obs[rows], lambda obs: obs[:, :2].tanh(), 2, generator(0), memory)
+    first = imagined[imagined.positions() == 0]
+    rng = generator(0)
+    world.start(data.obs[rows], rng)  # and then the sampler deals the members
+    world.start(data.obs[rows], rng)
+    wanted = model.sample(data.obs[rows], data.obs[rows, :2].tanh(), member, rng, memory)
+    torch.testing.assert_close(first.next_obs, wanted.next_obs)
+
+
+def test_memory_is_on_the_models_device():
+    data, model = example_transitions(40), Koopman(degree=1, delays=2)
+    model.fit(data, rng=generator(0))
+    assert model.to("meta").remembered(data).device.type == "meta"
