@@ -21,6 +21,8 @@ _NUDGE = 1e-6
 """Step of the finite differences, in units of the observation and the action; the simulator computes in float64."""
 _LARGEST = 1e9
 """Where MuJoCo no longer simulates a state."""
+_BEGIN = 1.0
+"""Time at which rows begin, s. MuJoCo resets what becomes unstable, and time to 0 with it."""
 _ROWS = 32
 """Rows for which another thread pays."""
 
@@ -38,7 +40,7 @@ def simulated(
     All rows go through one ``mujoco.rollout`` on the CPU, on as many threads as `torch.get_num_threads` says, and come
     back on the device they came from. What an observation does not hold is neutral (see the task's codec); the solver
     starts cold, so that contacts may differ from a running environment's within its tolerance. A row that MuJoCo cannot
-    simulate (not finite, or beyond 1e9) is answered with NaN.
+    simulate (not finite, beyond 1e9, or so unstable that MuJoCo would reset it) is answered with NaN.
 
     Gradients are finite differences, one more row per column of observation and action: meant for planning and short
     fits. They are not differentiable again.
@@ -89,6 +91,7 @@ class _Simulator:
         lost = ~(inputs.isfinite() & (inputs.abs() < _LARGEST)).all(dim=1)
         qpos, qvel = self.codec.to_simulator(torch.where(lost[:, None], 0.0, obs))
         state = np.zeros((rows, self.size))
+        state[:, 0] = _BEGIN
         state[:, 1 : 1 + nq], state[:, 1 + nq : 1 + nq + nv] = qpos, qvel
         control = torch.where(lost[:, None], 0.0, action).numpy()[:, None].repeat(self.skip, axis=1)
         threads = max(1, min(torch.get_num_threads(), rows // _ROWS))
@@ -97,6 +100,7 @@ class _Simulator:
         joints = after[:, 1 : 1 + nq], after[:, 1 + nq : 1 + nq + nv]
         next_obs = self.codec.from_simulator(*joints, dtype=torch.float64)
         assert next_obs is not None
+        lost = lost | torch.as_tensor(after[:, 0] < _BEGIN)
         return torch.where(lost[:, None], torch.nan, next_obs)
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from learneddyn import tasks
-from learneddyn.core import Transitions, generator
+from learneddyn.core import Outcome, Prediction, Task, Transitions, generator
 from learneddyn.models import AbstractDynamics, Hybrid
 from learneddyn.plants.variants import make_variant
 from learneddyn.spaces import Spaces
 from learneddyn.testing import check_dynamics
+from learneddyn.world import World
 from learneddyn.world.prior import simulated
 
 POLE = "InvertedPendulum-v5"
@@ -62,6 +63,42 @@ def test_rows_do_not_know_each_other():
     broken = simulated(obs, action, task=POLE)
     assert broken.isnan().all(dim=1).nonzero().flatten().tolist() == [3, 4, 5]
     assert torch.equal(broken[6:], together[6:])
+
+
+class Prior:
+    """Dynamics that are the simulator."""
+
+    num_members, elites = 1, torch.zeros(1, dtype=torch.long)
+
+    def __init__(self, real_id):
+        env = gym.make(real_id)
+        self.spaces = Spaces(env.observation_space, env.action_space)
+        self.real_id = real_id
+
+    def predict(self, obs, action, memory=None):
+        mean = simulated(obs, action, task=self.real_id)[None]
+        return Prediction(mean, torch.zeros_like(mean), self.elites)
+
+    def sample(self, obs, action, member, rng, memory=None, *, noise=True):
+        return Outcome(simulated(obs, action, task=self.real_id))
+
+
+def test_a_row_that_mujoco_resets_is_broken_and_ends(tmp_path, monkeypatch):
+    """Joint speeds beyond what MuJoCo integrates: it would go on from the start pose as if nothing had happened."""
+    monkeypatch.chdir(tmp_path)  # where MuJoCo writes its warnings
+    obs, action = torch.zeros(5, 11), torch.zeros(5, 3)
+    obs[:, 0] = 1.25
+    obs[1, 5:], obs[3, 5:] = 1e8, 1e5  # reset at the first substep, and at a later one
+    after = simulated(obs, action, task="Hopper-v5")
+    assert after.isnan().all(dim=1).tolist() == [False, True, False, True, False]
+    assert torch.equal(after[[0, 2, 4]], simulated(obs[[0, 2, 4]], action[:3], task="Hopper-v5"))
+    heard = []
+    task = Task("X-v0", reward=lambda obs, action, after: after[:, 0], terminated=lambda after: after[:, 0] > 1e9)
+    rows = World(Prior("Hopper-v5"), task, sentinel=heard.append).rollout(
+        obs, lambda obs: torch.zeros(len(obs), 3), 2, generator(0)
+    )
+    assert [(each.step, each.rows, each.of) for each in heard] == [(1, 2, 5)]
+    assert rows.episode.unique().tolist() == [0, 2, 4]
 
 
 def test_gradients_are_those_of_the_simulator():
