@@ -6,6 +6,7 @@ meets model predictive control" (2018), bilinear inputs as in Peitz, Otto, Rowle
 using Interpolated Koopman Generators" (2020). Spectra with certificates are in `learneddyn.evaluation.koopman`.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, combinations_with_replacement, pairwise
 from typing import NamedTuple
@@ -184,6 +185,8 @@ class Koopman(AbstractRegression):
     def linear_system(self) -> "LinearSystem":
         """Return the model as matrices, for controllers such as `learneddyn.planners.LinearMPC`.
 
+        They are a copy, lift included: neither a change of them nor another fit of the model touches the other.
+
         Raises:
             ValueError: the model has not been fitted, its inputs are not linear, or it looks at delayed observations.
         """
@@ -197,7 +200,10 @@ class Koopman(AbstractRegression):
         readout[0] = self.shift
         readout[1 : 1 + d] = self.scale.double().diag()
         inputs = self.advance[n:] / self.action_scale[:, None]
-        return LinearSystem(self.advance[:n], inputs, readout, lambda obs: self.lifted(self.coordinates(obs.double())))
+        kept = copy.deepcopy(self)
+        return LinearSystem(
+            self.advance[:n].clone(), inputs, readout, lambda obs: kept.lifted(kept.coordinates(obs.double()))
+        )
 
     @torch.no_grad()
     def lifted_pairs(self, data: Transitions) -> Iterator[tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]]:

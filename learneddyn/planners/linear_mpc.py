@@ -124,15 +124,23 @@ class LinearMPC:
             )
 
     def plan(self, obs: Float[Tensor, "b o"]) -> Planned:
-        """Return the best plan from every observation; ``obs`` is on the system's device."""
+        """Return the best plan from every observation; ``obs`` is on the system's device.
+
+        A lane whose observation, or where the model says it leads, is not finite has no best plan: as with every
+        planner here it gets the one that stays in the middle of the range, its cost and gap are infinite and its
+        outputs NaN. The other lanes do not notice.
+        """
         with torch.no_grad():
             coast = torch.einsum("bn,ntq->btq", self.lift(obs).double(), self._coast) - self.goal
         bounds = self.low.repeat(self.horizon), self.high.repeat(self.horizon)
-        found = box_minimum(self._hessian, coast.flatten(1) @ self._pull.T, *bounds)
-        actions = found.x.view(len(obs), self.horizon, -1)
-        off = coast + torch.einsum("bja,jatq->btq", actions, self._push)
+        linear = coast.flatten(1) @ self._pull.T
+        sound = coast.flatten(1).isfinite().all(dim=1, keepdim=True) & linear.isfinite().all(dim=1, keepdim=True)
+        found = box_minimum(self._hessian, torch.where(sound, linear, 0.0), *bounds)
+        actions = torch.where(sound, found.x, (bounds[0] + bounds[1]) / 2).view(len(obs), self.horizon, -1)
+        off = torch.where(sound[:, :, None], coast, torch.nan) + torch.einsum("bja,jatq->btq", actions, self._push)
         cost = (self._weights * off.square()).sum(dim=(1, 2)) + self.effort * actions.square().sum(dim=(1, 2))
-        return Planned(actions, off + self.goal, cost, found.gap)
+        cost, gap = (torch.where(sound[:, 0], part, torch.inf) for part in (cost, found.gap))
+        return Planned(actions, off + self.goal, cost, gap)
 
     def predict(
         self,

@@ -161,6 +161,41 @@ def test_outputs_are_the_free_run_of_the_koopman_model(angles):
     assert torch.allclose((run[..., 0].double() - read).cos(), torch.ones_like(read), atol=1e-3)
 
 
+@pytest.mark.parametrize("lift", ["polynomial", "learned"])
+def test_the_exported_system_is_a_copy(lift):
+    data = swings()
+    model = Koopman(lift, degree=2, centres=5, epochs=1, control="linear")
+    model.fit(data, rng=generator(0))
+    before, system = model.predict(data.obs, data.action).mean.clone(), model.linear_system()
+    lifted = system.lift(data.obs).clone()
+    for part in system[:3]:
+        part.zero_()
+    assert torch.equal(model.predict(data.obs, data.action).mean, before), "a changed export leaves the model alone"
+    model.fit(swings(50), rng=generator(1))
+    with torch.no_grad():
+        for part in [*model.parameters(), *model.buffers()]:
+            part.zero_()
+    assert torch.equal(system.lift(data.obs), lifted), "and a changed model the export"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e38])
+def test_a_lane_that_is_not_finite_is_alone_with_it(bad):
+    mpc = cart(weights=[1e300, 0.1] if bad == 1e38 else WEIGHTS)
+    obs = torch.randn(4, 2, generator=generator(0))
+    alone = mpc.plan(obs)
+    obs[2, 0] = bad
+    found = mpc.plan(obs)
+    others = [0, 1, 3]
+    assert torch.equal(found.actions[others], alone.actions[others])
+    assert torch.equal(found.cost[others], alone.cost[others])
+    assert (found.actions[2] == 0).all(), "the middle of the range"
+    assert found.cost[2] == found.gap[2] == torch.inf
+    assert found.outputs[2].isnan().all()
+    action, _ = mpc.predict(obs.numpy())
+    assert (action[2] == 0).all()
+    assert np.isfinite(action).all()
+
+
 def test_it_balances_a_pole_that_it_has_only_random_steps_of():
     data = collect("InvertedPendulum-v5", steps=1000, seed=0, progress=False)
     model = Koopman("linear", control="linear")
