@@ -4,7 +4,9 @@ Sources: state-space divergence and spectral distance as in Hess, Monfared, Bren
 Forcing for Learning Chaotic Dynamics" (2023); valid prediction time as in Gilpin, "Model scale versus domain knowledge
 in statistical forecasting of chaotic systems" (2023); scaled errors: Hyndman, Koehler, "Another look at measures of
 forecast accuracy" (2006); Lyapunov exponents by Benettin, Galgani, Giorgilli, Strelcyn,
-"Lyapunov Characteristic Exponents for smooth dynamical systems" (1980).
+"Lyapunov Characteristic Exponents for smooth dynamical systems" (1980); correlation dimension by Grassberger,
+Procaccia, "Measuring the strangeness of strange attractors" (1983), without the pairs that Theiler, "Spurious dimension
+from correlation algorithms applied to limited time-series data" (1986) warns of.
 """
 
 from collections.abc import Callable
@@ -17,6 +19,10 @@ from torch import Tensor
 _SMOOTHING = 1e-5
 """Count added to every cell of a histogram, so that empty cells cost much but not infinitely much."""
 _CENTRES, _DRAWS, _FAR = 1000, 1000, 10.0
+_RADII, _RULER = 12, 1500
+"""Radii that a correlation sum is fitted at, and states whose distances choose them."""
+_PAIRS = 2_000_000
+"""Distances that are held at a time."""
 
 
 def state_space_divergence(true: np.ndarray, generated: np.ndarray, bins: int = 30, seed: int = 0) -> float:
@@ -51,17 +57,21 @@ def state_space_divergence(true: np.ndarray, generated: np.ndarray, bins: int = 
     ]
     inside = bins ** true.shape[1]
 
-    def density(states: np.ndarray) -> np.ndarray:
+    def cells(states: np.ndarray) -> np.ndarray:
         known = np.nan_to_num(states, nan=np.inf)
-        cells = np.stack([np.searchsorted(e, x, "right") - 1 for e, x in zip(edges, known.T, strict=True)], axis=1)
-        kept = ((cells >= 0) & (cells < bins)).all(axis=1)
-        flat = np.ravel_multi_index(tuple(cells[kept].T), (bins,) * true.shape[1])
-        counts = np.bincount(flat, minlength=inside + 1) + _SMOOTHING
-        counts[inside] += (~kept).sum()
-        return counts / counts.sum()
+        at = np.stack([np.searchsorted(e, x, "right") - 1 for e, x in zip(edges, known.T, strict=True)], axis=1)
+        kept = ((at >= 0) & (at < bins)).all(axis=1)
+        found = np.full(len(states), inside)
+        found[kept] = np.ravel_multi_index(tuple(at[kept].T), (bins,) * true.shape[1])
+        return found
 
-    p, q = density(true), density(generated)
-    return float(np.sum(p * np.log(p / q)))
+    # Only the cells that hold a state are looked at one by one: of 30^5, few do.
+    visited, number = np.unique(np.concatenate([cells(true), cells(generated)]), return_inverse=True)
+    counts = [np.bincount(part, minlength=len(visited)) for part in (number[: len(true)], number[len(true) :])]
+    totals = [len(states) + _SMOOTHING * (inside + 1) for states in (true, generated)]
+    p, q = ((count + _SMOOTHING) / total for count, total in zip(counts, totals, strict=True))
+    empty = (inside + 1 - len(visited)) * _SMOOTHING / totals[0] * np.log(totals[1] / totals[0])
+    return float(np.sum(p * np.log(p / q)) + empty)
 
 
 def _require_states(true: np.ndarray, generated: np.ndarray) -> None:
@@ -95,7 +105,9 @@ def _mixture_divergence(true: np.ndarray, generated: np.ndarray, rng: np.random.
 def spectral_distance(true: np.ndarray, generated: np.ndarray, sigma: float = 20.0) -> float:
     """Return D_H, the Hellinger distance between smoothed power spectra, averaged over columns; 0 to 1.
 
-    A column with an entry that is not finite is 1 away; one that never changes has all its power at frequency 0.
+    A column with an entry that is not finite is 1 away; one that never changes has all its power at frequency 0. A
+    spectrum is mirrored at its ends as in the source, which is how that of a real series goes on; there it is said to
+    be what SciPy's filter does by default, which repeats the end itself (``mode="mirror"`` is the one used here).
 
     Args:
         true: ``[t, d]`` states of the system, at the same time step as
@@ -126,10 +138,31 @@ def valid_prediction_time(
         lyapunov: largest Lyapunov exponent, per unit of time.
         threshold: of the root mean squared error in units of ``scale``.
     """
-    error = np.sqrt((((predicted - true) / scale) ** 2).mean(axis=2))
+    return _valid_steps(np.sqrt((((predicted - true) / scale) ** 2).mean(axis=2)), threshold) * dt * lyapunov
+
+
+def symmetric_prediction_time(
+    true: np.ndarray, predicted: np.ndarray, dt: float, lyapunov: float, threshold: float = 30.0
+) -> np.ndarray:
+    """Return for every forecast how long its sMAPE stays below the threshold, in Lyapunov times.
+
+    The error is that of `symmetric_error`, 0 to 200, over the columns of one step. It depends on where zero is, so that
+    figures of standardised and of raw states cannot be compared.
+
+    Args:
+        true: ``[n, t, d]`` trajectories.
+        predicted: ``[n, t, d]`` forecasts of them.
+        dt: time between two steps.
+        lyapunov: largest Lyapunov exponent, per unit of time.
+        threshold: of the error.
+    """
+    return _valid_steps(_symmetric(true, predicted).mean(axis=2), threshold) * dt * lyapunov
+
+
+def _valid_steps(error: np.ndarray, threshold: float) -> np.ndarray:
+    """Return the steps ``[n]`` until an error ``[n, t]`` is above the threshold or not a number."""
     over = ~(error <= threshold)
-    steps = np.where(over.any(axis=1), over.argmax(axis=1), true.shape[1])
-    return steps * dt * lyapunov
+    return np.where(over.any(axis=1), over.argmax(axis=1), error.shape[1])
 
 
 def prediction_error(true: np.ndarray, predicted: np.ndarray, steps: int, scale: np.ndarray) -> float:
@@ -157,9 +190,14 @@ def symmetric_error(true: np.ndarray, predicted: np.ndarray) -> float:
     That is the usual form; half of it, 0 to 100, is what the package dysts calls scaled. An entry that is not finite
     counts 200, one where both are 0 counts 0.
     """
-    size = np.abs(true) + np.abs(predicted)
-    share = np.abs(true - predicted) / np.where(size > 0, size, 1.0)
-    return float(200.0 * np.where(np.isfinite(predicted), share, 1.0).mean())
+    return float(_symmetric(true, predicted).mean())
+
+
+def _symmetric(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    known = np.isfinite(predicted)
+    said = np.where(known, predicted, 0.0)
+    size = np.abs(true) + np.abs(said)
+    return 200.0 * np.where(known, np.abs(true - said) / np.where(size > 0, size, 1.0), 1.0)
 
 
 def scaled_error(true: np.ndarray, predicted: np.ndarray, past: np.ndarray) -> float:
@@ -184,6 +222,58 @@ def scaled_error(true: np.ndarray, predicted: np.ndarray, past: np.ndarray) -> f
 def _mean(error: np.ndarray) -> float:
     """Return the mean, infinite where an entry is not finite."""
     return float(error.mean()) if np.isfinite(error).all() else float("inf")
+
+
+def correlation_dimension(states: np.ndarray, apart: int = 100, shares: tuple[float, float] = (1e-3, 3e-2)) -> float:
+    """Return the correlation dimension of the set that an orbit visits: 1 of a cycle, 2.05 of Lorenz's attractor.
+
+    It is the slope of log C(r) over log r by least squares, where C(r) is the share of pairs of states that are closer
+    than r. Few states show few dimensions: a dozen thousand are enough for two or three. Columns should be of similar
+    size. Pairs are counted block by block: memory grows with the states, time with their square.
+
+    Args:
+        states: ``[t, d]``, in order of time.
+        apart: pairs of states that are fewer steps apart are left out: they are near because little time passed.
+        shares: of all pairs that are closer than the smallest and the largest radius.
+
+    Returns:
+        The dimension, 0 where all pairs within the largest radius coincide; NaN where a state is not finite.
+
+    Raises:
+        ValueError: no matrix, fewer than ``2 apart`` states, or shares that do not increase between 0 and 1.
+    """
+    if states.ndim != 2 or len(states) < 2 * max(1, apart):
+        raise ValueError(f"states must be [t, d] with t of at least 2 apart = {2 * apart}, got {states.shape}")
+    if not 0 < shares[0] < shares[1] < 1:
+        raise ValueError(f"shares must increase between 0 and 1, got {shares}")
+    if not np.isfinite(states).all():
+        return float("nan")
+    states, apart = states.astype(np.float64), max(1, apart)
+    ruler = states[:: -(-len(states) // _RULER)]
+    low, high = np.quantile(_squares(ruler, ruler)[np.triu_indices(len(ruler), 1)], shares) ** 0.5
+    if high == 0:
+        return 0.0
+    radii = np.geomspace(max(low, 1e-6 * high), high, _RADII)
+    edges, counts = np.concatenate([[0.0], radii**2]), np.zeros(_RADII)
+    block = max(1, _PAIRS // len(states))
+    for first in range(0, len(states) - apart, block):
+        rows = np.arange(first, min(first + block, len(states) - apart))
+        squares = _squares(states[rows], states[first + apart :])
+        later = np.arange(first + apart, len(states)) - rows[:, None] >= apart
+        counts += np.histogram(squares[later & (squares <= edges[-1])], edges)[0]
+    closer = counts.cumsum()
+    seen = closer > 0
+    if closer[0] == closer[-1]:
+        return 0.0
+    return float(np.polyfit(np.log(radii[seen]), np.log(closer[seen]), 1)[0])
+
+
+def _squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return squared distances ``[n, m]``, column by column: products would lose what is small."""
+    squares = np.zeros((len(a), len(b)))
+    for column in range(a.shape[1]):
+        squares += (a[:, column, None] - b[:, column]) ** 2
+    return squares
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def dysts_flow(name: str) -> Flow:
             from dysts import base, flows
         except ImportError as error:
             raise ImportError("flows of dysts need it: pip install 'learneddyn[dysts]'") from error
-    kind = getattr(flows, name, None)
+    kind: Any = getattr(flows, name, None)
     if not (isinstance(kind, type) and issubclass(kind, base.DynSys) and kind is not base.DynSys):
         raise ValueError(f"dysts has no flow without delay called {name!r}; names are in dysts.systems")
     system: Any = _translated(kind, base.DynSys)()

@@ -3,15 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter1d
+from scipy.signal import lfilter
 
 from learneddyn.core import generator
+from learneddyn.evaluation import chaos
 from learneddyn.evaluation.chaos import (
+    correlation_dimension,
     lyapunov_spectrum,
     prediction_error,
     scaled_error,
     spectral_distance,
     state_space_divergence,
     symmetric_error,
+    symmetric_prediction_time,
     valid_prediction_time,
 )
 from learneddyn.integrate import rk4
@@ -79,6 +84,91 @@ def test_valid_prediction_time_counts_lyapunov_times_until_the_error_shows():
     predicted[2, 2:] = np.nan
     times = valid_prediction_time(true, predicted, np.ones(1), 0.1, 2.0)
     assert times.tolist() == pytest.approx([0.8, 2.0, 0.4])
+
+
+def test_symmetric_prediction_time_counts_until_the_share_is_above_the_threshold():
+    true = np.ones((3, 10, 2))
+    predicted = true.copy()
+    predicted[0, 4:, 0] = 3.0  # 200 * 2 / 4 in one of two columns: 50
+    predicted[1, 4:, 0] = 1.5  # 20
+    predicted[2, 2] = [np.inf, 1.0]
+    assert symmetric_prediction_time(true, predicted, 0.1, 2.0).tolist() == pytest.approx([0.8, 2.0, 0.4])
+    assert symmetric_prediction_time(true, predicted, 0.1, 2.0, threshold=60.0)[0] == pytest.approx(2.0)
+
+
+def test_a_sine_is_no_distance_from_itself():
+    wave = np.sin(0.3 * np.arange(2000))[:, None]
+    assert spectral_distance(wave, 5 * wave + 2) == pytest.approx(0.0, abs=1e-6), "neither size nor mean count"
+    assert spectral_distance(wave, np.sin(0.6 * np.arange(2000))[:, None]) > 0.9
+    assert state_space_divergence(wave, wave) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_spectra_are_smoothed_as_two_sided_ones_go_on():
+    series = np.random.default_rng(0).normal(size=600).cumsum()
+    power = np.abs(np.fft.rfft(series - series.mean())) ** 2
+    smooth = gaussian_filter1d(power, 5.0, mode="mirror")
+    assert np.allclose(chaos._spectrum(series, 5.0), smooth / smooth.sum(), rtol=1e-9)
+
+
+def dense_divergence(true, generated, bins):
+    """The divergence with every cell of the grid held."""
+    std = true.std(axis=0)
+    edges = [np.linspace(x.min() - 0.1 * s, x.max() + 0.1 * s, bins + 1) for x, s in zip(true.T, std, strict=True)]
+    counts = [np.histogramdd(states, edges)[0].ravel() for states in (true, generated)]
+    p, q = (np.append(c, len(s) - c.sum()) + 1e-5 for c, s in zip(counts, (true, generated), strict=True))
+    p, q = p / p.sum(), q / q.sum()
+    return np.sum(p * np.log(p / q))
+
+
+@pytest.mark.parametrize("rows", [500, 70])
+def test_cells_without_states_count_though_they_are_not_held(rows):
+    true, generated = np.random.default_rng(0).normal(size=(2, 500, 3))
+    found = state_space_divergence(true, generated[:rows], bins=9)
+    assert found == pytest.approx(dense_divergence(true, generated[:rows], 9), rel=1e-9)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+def test_noise_fills_all_its_dimensions(columns):
+    noise = np.random.default_rng(columns).normal(size=(3000, columns))
+    assert correlation_dimension(noise, apart=1) == pytest.approx(columns, rel=0.03)
+
+
+def test_curves_have_one_dimension_and_points_none():
+    angle = np.random.default_rng(0).uniform(0, 2 * np.pi, size=2000)
+    circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    assert correlation_dimension(circle) == pytest.approx(1.0, abs=0.05)
+    assert correlation_dimension(100 * circle - 7) == pytest.approx(correlation_dimension(circle), abs=1e-6)
+    assert correlation_dimension(np.ones((300, 2))) == 0.0
+    assert correlation_dimension(np.tile(circle[:5], (60, 1))) == 0.0
+    assert np.isnan(correlation_dimension(np.where(angle[:, None] > 5.9, np.nan, circle)))
+
+
+def test_lorenz_has_its_known_dimension(lorenz, monkeypatch):
+    states = lorenz[:, ::3].reshape(-1, 3)
+    found = correlation_dimension(states, apart=50)
+    assert found == pytest.approx(2.05, abs=0.06)
+    monkeypatch.setattr(chaos, "_PAIRS", 70_001)
+    assert correlation_dimension(states, apart=50) == pytest.approx(found, rel=1e-12), "in blocks of any size"
+
+
+def test_neighbours_in_time_are_no_neighbours_in_space():
+    noise = np.random.default_rng(0).normal(size=(3000, 3))
+    smooth = lfilter([1.0], [1.0, -1.9, 0.9025], noise, axis=0)
+    assert correlation_dimension(smooth, apart=200) == pytest.approx(3.0, abs=0.15)
+    assert correlation_dimension(smooth, apart=1) < 2.2
+
+
+@pytest.mark.parametrize(
+    ("states", "arguments", "message"),
+    [
+        (np.zeros(500), {}, "must be .t, d."),
+        (np.zeros((150, 2)), {}, "at least 2 apart = 200"),
+        (np.zeros((500, 2)), {"shares": (0.1, 0.1)}, "shares must increase"),
+    ],
+)
+def test_dimensions_that_cannot_be_told(states, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        correlation_dimension(states, **arguments)
 
 
 def test_equal_attractors_are_no_distance_apart(lorenz):
