@@ -6,57 +6,24 @@ import warnings
 import gymnasium as gym
 import pytest
 from gymnasium.utils.env_checker import check_env
+from model_cases import FITTING, HEADS, MODELS, QUICK, VARIANTS, taken
 
-import learneddyn.models
 import learneddyn.planners
 from learneddyn import tasks
 from learneddyn.core import Task, generator
 from learneddyn.envs.worlds import load_world, world_names
-from learneddyn.models import (
-    PLRNN,
-    AbstractDynamics,
-    Hybrid,
-    KinematicBicycle,
-    Koopman,
-    ProbabilisticEnsemble,
-    SINDy,
-)
+from learneddyn.models import ProbabilisticEnsemble
 from learneddyn.planners import ICEM, AbstractPlanner
-from learneddyn.reproduce import kinematic
 from learneddyn.testing import check_dynamics, check_planner, check_world, example_transitions
 from learneddyn.world import PENALTIES, SAMPLERS, World
 from learneddyn.world.truth import TruthDynamics
 
-MODELS = [
-    model
-    for model in (getattr(learneddyn.models, name) for name in learneddyn.models.__all__)
-    if isinstance(model, type) and issubclass(model, AbstractDynamics) and not inspect.isabstract(model)
-]
 PLANNERS = [
     planner
     for planner in (getattr(learneddyn.planners, name) for name in learneddyn.planners.__all__)
     if isinstance(planner, type) and issubclass(planner, AbstractPlanner) and not inspect.isabstract(planner)
 ]
-QUICK = {"max_epochs": 2, "num_members": 3, "num_elites": 2, "updates": 30}
-"""Arguments that keep a fit short, for the models that take them."""
-FITTING = {KinematicBicycle: kinematic.log(20, 12, 0)}
-"""Data that a model can learn from, where it cannot learn from any columns."""
-VARIANTS = {
-    "Koopman learned": lambda: Koopman("learned", centres=4, hidden=8, epochs=2, learn_reward=True),
-    "Koopman rbf": lambda: Koopman("rbf", centres=8),
-    "Koopman linear for good": lambda: Koopman(degree=2, control="linear", relift=False),
-    "Koopman delays": lambda: Koopman("linear", delays=3, learn_reward=True),
-    "Hybrid neural": lambda: Hybrid(residual="neural", hidden=[8], epochs=2, learn_reward=True),
-    "PLRNN hidden units": lambda: PLRNN("almost-linear", latent=5, window=4, updates=10, learn_reward=True),
-    "SINDy members": lambda: SINDy(aggregate=None, bootstraps=3),
-}
-"""Ways of a model that its defaults do not take."""
-HEADS = {"learn_reward": True, "learn_termination": True}
 ENVS = [spec.id for spec in gym.registry.values() if str(spec.entry_point).startswith("learneddyn.envs.")]
-
-
-def taken(model, arguments):
-    return {name: value for name, value in arguments.items() if name in inspect.signature(model).parameters}
 
 
 @pytest.mark.parametrize("model", MODELS)
