@@ -34,17 +34,23 @@ class Cells:
 
     def __init__(self, home: Path, notify: Notify, total: int, *, frozen: bool = False) -> None:
         self.folder, self.notify, self.total, self.begun = home / "cells", notify, total, 0
-        self.frozen = frozen
+        self.frozen, self._names = frozen, dict[Path, str]()
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def play(self, name: str, settings: Json, work: Callable[[], Json], *, anew: bool = False) -> Json:
         """Return the plain JSON of a cell, from its file if that was made with the same settings.
 
         ``anew`` plays it in any case: what it left elsewhere (a data set, a model) is gone.
+
+        Raises:
+            ValueError: another cell, played before, has the same file: names may not differ in case, blanks and
+                punctuation alone.
         """
+        path = self.folder / f"{re.sub(r'[^a-z0-9+]+', '-', name.lower())}.json"
+        if (other := self._names.setdefault(path, name)) != name:
+            raise ValueError(f"the cells {other!r} and {name!r} would share the file {path.name}: rename one of them")
         self.notify(name, self.begun / self.total)
         self.begun += 1
-        path = self.folder / f"{re.sub(r'[^a-z0-9+]+', '-', name.lower())}.json"
         settings = json.loads(json.dumps(settings))
         if not anew and path.exists() and (kept := json.loads(path.read_text()))["settings"] == settings:
             return kept["result"]

@@ -54,7 +54,8 @@ def for_each_seed(
     Args:
         work: picklable (a function of a module, or `functools.partial` of one); seeds share nothing.
         seeds: distinct.
-        workers: processes at once; by default one per core. One seed or one worker runs in this process.
+        workers: processes at once; by default one per core. One seed or one worker runs in this process, on one thread
+            as in the others: a seed gives the same numbers alone and beside others.
         progress: show one line per seed.
 
     Raises:
@@ -66,7 +67,8 @@ def for_each_seed(
     workers = min(len(seeds), workers or os.cpu_count() or 1)
     with _Board(seeds, progress) as board:
         if workers == 1:
-            return {seed: work(seed, board.notifier(seed)) for seed in seeds}
+            with one_thread():
+                return {seed: work(seed, board.notifier(seed)) for seed in seeds}
         context = multiprocessing.get_context("spawn")
         manager = SyncManager(ctx=context)
         manager.start(end_with_parent)

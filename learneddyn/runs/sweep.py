@@ -25,7 +25,7 @@ from tqdm import tqdm
 from learneddyn.core import Json
 from learneddyn.files import replace_file, write_file
 from learneddyn.runs.claims import panels
-from learneddyn.runs.seeds import begin_worker
+from learneddyn.runs.seeds import begin_worker, one_thread
 
 Play = Callable[[Json, Path], float]
 """One trial: (settings, folder for its checkpoints) -> what is to be maximised. A function of a module: it pickles."""
@@ -232,8 +232,9 @@ def _draw(path: Path, ended: Sequence[Trial], weights: Mapping[str, float]) -> N
 def _play_here(ask: Any, tell: Any, play: Play, folder: Path, workers: int) -> None:
     """Play trials in processes of this machine, as many at once as ``workers``; one worker is this process."""
     if workers == 1:
-        while (given := ask()) is not None:
-            tell(given[0], *_played(play, given[1], folder / f"trial-{given[0]}"))
+        with one_thread():
+            while (given := ask()) is not None:
+                tell(given[0], *_played(play, given[1], folder / f"trial-{given[0]}"))
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, begin_worker) as pool:

@@ -59,6 +59,16 @@ def test_frozen_cells_are_read_and_never_played(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "cells").iterdir()] == ["a.json"]
 
 
+def test_two_cells_cannot_share_a_file(tmp_path: Path) -> None:
+    cells = Cells(tmp_path, silent, 2)
+    cells.play("Hopper, GRU", {}, lambda: count("a"))
+    cells.play("Hopper, GRU", {}, lambda: count("a"))
+    with pytest.raises(ValueError, match=r"'Hopper, GRU' and 'hopper gru' would share the file hopper-gru\.json"):
+        cells.play("hopper gru", {}, lambda: count("b"))
+    assert PLAYED == ["a"]
+    assert Cells(tmp_path, silent, 1).play("Hopper: GRU", {}, lambda: count("b")) == {"value": 1}, "a cell renamed"
+
+
 def test_a_kill_leaves_no_cell(tmp_path: Path) -> None:
     def killed() -> Json:
         raise KeyboardInterrupt

@@ -117,6 +117,19 @@ def test_one_seed_runs_here_and_reports():
     assert for_each_seed(lambda seed, notify: seed + 1, [4], progress=False) == {4: 5}
 
 
+def test_every_seed_computes_on_one_thread_wherever_it_runs():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert for_each_seed(lambda seed, notify: torch.get_num_threads(), [4, 5], workers=1, progress=False) == {
+            4: 1,
+            5: 1,
+        }
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_failing_seed_raises_its_own_error_once_the_running_ones_have_ended(capfd):
     with pytest.raises(ArithmeticError, match="seed 1 cannot"):
         for_each_seed(fail_on_one, [1, 0, 2, 3, 4, 5, 6], workers=2, progress=False)
