@@ -26,6 +26,7 @@ from learneddyn.models.attempt import attempt, require_pair
 from learneddyn.models.base import AbstractDynamics, FitReport
 from learneddyn.models.gradients import TIGHTNESS, Gradients
 from learneddyn.models.rollout import Answer, Parts, Snapshot
+from learneddyn.models.scale import or_one
 from learneddyn.spaces import Spaces
 
 # A column that never changes is copied, not learned; its noise is far below anything a task can feel.
@@ -464,7 +465,7 @@ class ProbabilisticEnsemble(AbstractDynamics):
     def _standardise(self, data: Transitions) -> None:
         inputs, targets = self._inputs(data.obs, data.action).double(), self._targets(data).double()
         self.input_mean.copy_(inputs.mean(dim=0))
-        self.input_std.copy_(_nonzero(inputs.std(dim=0, correction=0)))
+        self.input_std.copy_(or_one(inputs.std(dim=0, correction=0), inputs))
         span = targets.amax(dim=0) - targets.amin(dim=0)
         magnitude = data.next_obs.abs().amax(dim=0).double()
         if self.learn_reward:
@@ -472,7 +473,7 @@ class ProbabilisticEnsemble(AbstractDynamics):
         self.learned.copy_(span > _CONSTANT_RANGE * magnitude)
         if not self.learned.any():
             raise DataError("every observation column is constant in this data: there is nothing to learn")
-        mean, std = targets.mean(dim=0), _nonzero(targets.std(dim=0, correction=0))
+        mean, std = targets.mean(dim=0), or_one(targets.std(dim=0, correction=0), targets)
         unscaled = self.learned & (not self.scale_targets)
         self.target_mean.copy_(torch.where(unscaled, 0.0, mean))
         self.target_std.copy_(torch.where(unscaled, 1.0, std))
@@ -678,7 +679,3 @@ def _decay_per_layer(weight_decay: Sequence[float] | float | None, layers: int) 
     if weight_decay is None:
         return [*[2.5e-5, 5e-5, *[7.5e-5] * (layers - 3)][: layers - 1], 1e-4]
     return [float(weight_decay)] * layers if isinstance(weight_decay, int | float) else [*map(float, weight_decay)]
-
-
-def _nonzero(std: Tensor) -> Tensor:
-    return torch.where(std < 1e-12, 1.0, std)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from learneddyn.core import DataError, Transitions
 from learneddyn.models.regression import AbstractRegression, Answer
+from learneddyn.models.scale import or_one, spread
 from learneddyn.models.windows import elapsed
 from learneddyn.spaces import Spaces
 
@@ -301,8 +302,9 @@ class Koopman(AbstractRegression):
     ) -> list[dict[str, float]]:
         encoded = self._encoded(data.obs[rows])
         self.shift.copy_(encoded.mean(dim=0))
-        self.scale.copy_(_nonzero(encoded.std(dim=0, correction=0)))
-        self.action_scale.copy_(_nonzero(data.action[rows].abs().amax(dim=0)))
+        self.scale.copy_(spread(encoded))
+        action = data.action[rows]
+        self.action_scale.copy_(or_one(action.abs().amax(dim=0), action))
         history = [{"epoch": 1.0}]
         if self.lift == "rbf":
             self._place_centres(self._windows(data)[0][rows], rng)
@@ -353,7 +355,7 @@ class Koopman(AbstractRegression):
                     continue
                 raw = self.features(before[batch])
                 self.feature_shift.copy_(raw.detach().mean(dim=0))
-                self.feature_scale.copy_(_nonzero(raw.detach().std(dim=0)))
+                self.feature_scale.copy_(or_one(raw.detach().std(dim=0), raw.detach()))
                 psi, psi_next = self.lifted(before[batch]), self.lifted(after[batch])
                 driven = self.driven(psi, action[batch])
                 floor = _RIDGE**0.5 * len(batch) ** 0.5 * torch.eye(driven.shape[1], device=driven.device)
@@ -371,7 +373,7 @@ class Koopman(AbstractRegression):
         with torch.no_grad():
             raw = self.features(before)
             self.feature_shift.copy_(raw.mean(dim=0))
-            self.feature_scale.copy_(_nonzero(raw.std(dim=0)))
+            self.feature_scale.copy_(or_one(raw.std(dim=0), raw))
         return history
 
     # Declared for type checkers; `_build_members` registers them.
@@ -410,7 +412,3 @@ def solve(r: Float[Tensor, "_ k"], p: int, rcond: float) -> Float[Tensor, "_ q"]
     """
     top = r[:p]
     return torch.linalg.pinv(top[:, :p], rtol=rcond) @ top[:, p:]
-
-
-def _nonzero(std: Tensor) -> Tensor:
-    return torch.where(std < 1e-9, torch.ones_like(std), std)

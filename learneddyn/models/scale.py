@@ -17,8 +17,12 @@ def spread(columns: Float[Tensor, "n c"]) -> Float[Tensor, " c"]:
     """Return every column's standard deviation, and 1 for a column that is constant up to the rounding of float32."""
     exact = columns.double()
     std = (exact - exact.mean(dim=0)).square().mean(dim=0).sqrt()  # Tensor.std warns of no columns
-    constant = std <= torch.finfo(torch.float32).eps * exact.abs().amax(dim=0)
-    return torch.where(constant, 1.0, std).to(columns.dtype)
+    return or_one(std, exact).to(columns.dtype)
+
+
+def or_one(size: Float[Tensor, " c"], columns: Float[Tensor, "n c"]) -> Float[Tensor, " c"]:
+    """Return every column's ``size``, and 1 where that is no more than the rounding to float32 of its largest entry."""
+    return torch.where(size <= torch.finfo(torch.float32).eps * columns.abs().amax(dim=0), 1.0, size)
 
 
 def gaussian_nll(error: Tensor, std: Tensor) -> Float[Tensor, ""]:

@@ -3,14 +3,16 @@
 import dataclasses
 import math
 
+import gymnasium as gym
 import pytest
 import torch
 
 from learneddyn.core import DataError, generator
-from learneddyn.models import Hybrid, ProbabilisticEnsemble, SINDy
+from learneddyn.models import Hybrid, Koopman, ProbabilisticEnsemble, SINDy
 from learneddyn.models.angles import apart, gathered, near
 from learneddyn.models.attempt import attempt, require_pair
-from learneddyn.models.scale import gaussian_nll, spread
+from learneddyn.models.scale import gaussian_nll, or_one, spread
+from learneddyn.spaces import Spaces
 from learneddyn.testing import example_transitions
 
 
@@ -26,6 +28,23 @@ def test_the_spread_is_relative_to_the_column(unit):
 
 def test_no_columns_have_no_spread():
     assert spread(torch.zeros(5, 0)).shape == (0,)
+    assert or_one(torch.zeros(0), torch.zeros(5, 0)).shape == (0,)
+
+
+@pytest.mark.parametrize("unit", [1e-11, 1.0, 1e6])
+def test_models_divide_by_what_a_column_spreads_in_any_unit(unit):
+    """One column varies, in whatever unit, and one does not, however large it is."""
+    data = example_transitions()
+    obs, after = (
+        unit * torch.stack([part[:, 0], torch.full((len(data),), math.pi)], 1) for part in (data.obs, data.next_obs)
+    )
+    spaces = Spaces(gym.spaces.Box(-math.inf, math.inf, (2,)), data.spaces.action)
+    seen = dataclasses.replace(data, obs=obs, next_obs=after, spaces=spaces)
+    ensemble, koopman = ProbabilisticEnsemble(1, 1, hidden=[4], max_epochs=1), Koopman("linear")
+    for model, scale in ((ensemble, lambda: ensemble.input_std[:2]), (koopman, lambda: koopman.scale)):
+        model.fit(seen, rng=generator(0))
+        assert 0.5 < float(scale()[0] / obs[:, 0].std()) < 2, type(model).__name__
+        assert scale()[1] == 1, type(model).__name__
 
 
 def test_the_likelihood_is_that_of_the_normal_distribution():
