@@ -9,11 +9,11 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from learneddyn.core import Transitions
 from learneddyn.models.base import memory_of
+from learneddyn.models.windows import longest_window, window_starts
 from learneddyn.world import World
 
 
@@ -26,15 +26,16 @@ class Relived(NamedTuple):
 
 @torch.no_grad()
 def relive(world: World, fresh: Transitions, horizon: int, rng: torch.Generator) -> Relived:
-    """Roll the world along the actions of every window of ``horizon`` steps.
+    """Roll the world along the actions of every window of ``horizon`` steps (see `learneddyn.models.windows`).
 
     Args:
         world: its sampler decides how it is rolled; the model should not have been fitted on ``fresh`` yet.
-        fresh: real rows, whole episodes in order.
-        horizon: steps; the longest episode's length where that is shorter.
+        fresh: real rows, episodes in order; windows do not bridge rows that were dropped.
+        horizon: steps; those of the longest unbroken stretch where that is shorter.
         rng: on the world's device.
     """
-    start, steps = _windows(fresh, horizon)
+    steps = longest_window(fresh, horizon)
+    start = window_starts(fresh, steps)
     state, memory = world.start(fresh.obs[start], rng), memory_of(world.dynamics, fresh)
     state = state if memory is None else state._replace(memory=memory[start])
     alive = torch.ones(len(start), dtype=torch.bool, device=start.device)
@@ -51,12 +52,3 @@ def relive(world: World, fresh: Transitions, horizon: int, rng: torch.Generator)
     obs, taken, reward, next_obs, ended, episode = (torch.cat(column) for column in zip(*parts, strict=True))
     rows = Transitions(obs, taken, reward, next_obs, ended, episode, fresh.spaces, "imagined")
     return Relived({"imagined/return": float(imagined.mean()), "real/return": float(real.mean())}, rows)
-
-
-def _windows(fresh: Transitions, horizon: int) -> tuple[Int[Tensor, " w"], int]:
-    """Return the rows that begin a window, and the steps of every window."""
-    counts = fresh.episode.unique_consecutive(return_counts=True)[1]
-    steps = min(horizon, int(counts.max()))
-    last = counts.cumsum(0).repeat_interleave(counts)
-    row = torch.arange(len(fresh), device=fresh.device)
-    return row[row + steps <= last], steps

@@ -69,6 +69,15 @@ def test_a_horizon_beyond_the_longest_episode_is_cut():
     assert figures == {"imagined/return": 6.0, "real/return": 6.0}
 
 
+def test_windows_do_not_bridge_a_row_that_was_dropped():
+    whole = walk([6])
+    figures, rows = relive(world(1.0), whole[torch.arange(6) != 2], 2, generator(0))
+    # What is left are the stretches 0, 1 and 3, 4, 5: windows begin at rows 0, 3 and 4.
+    assert figures == pytest.approx({"imagined/return": 23 / 3, "real/return": 23 / 3})
+    assert rows.episode.bincount().tolist().count(2) == 3
+    assert relive(world(1.0), whole[torch.arange(6) != 2], 25, generator(0)).figures["real/return"] == 4 + 5 + 6
+
+
 def test_an_imagined_termination_ends_the_window():
     figures, rows = relive(world(1.0, limit=2.0), walk([4]), 4, generator(0))
     assert figures == {"imagined/return": 3.0, "real/return": 10.0}
