@@ -13,7 +13,18 @@ from learneddyn.core import DataError, Outcome, Prediction, Task, generator
 from learneddyn.models import AbstractDynamics, FitReport
 from learneddyn.spaces import Spaces
 from learneddyn.testing import ContractError, check_dynamics, check_policy, check_world, example_transitions
+from learneddyn.testing.contract import global_draws
 from learneddyn.world import World
+
+
+def test_a_generator_of_a_cuda_device_is_global_too(monkeypatch):
+    states = [torch.zeros(3), torch.zeros(3)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    before = global_draws()
+    assert global_draws() == before
+    states[1] = torch.ones(3)
+    assert global_draws() != before
 
 
 class Line(AbstractDynamics):

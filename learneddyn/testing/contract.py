@@ -53,12 +53,13 @@ class Contracts:
 
 
 def global_draws() -> tuple[object, ...]:
-    """Return the states of the generators that belong to nobody, PyTorch's and NumPy's.
+    """Return the states of the generators that belong to nobody: PyTorch's, one per CUDA device too, and NumPy's.
 
     Python's own is left out: beartype draws from it at every call that it checks.
     """
     state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
-    return torch.get_rng_state().tolist(), state["state"]["key"].tolist(), state["state"]["pos"]
+    torchs = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    return *(each.tolist() for each in torchs), state["state"]["key"].tolist(), state["state"]["pos"]
 
 
 def equal(one: tuple[Any, ...], two: tuple[Any, ...]) -> bool:
