@@ -24,6 +24,7 @@ the task wherever the observation determines them, else from the model's heads; 
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,8 +49,8 @@ from learneddyn.offline.sac import DIVERSE_NETS, WIDE, OfflineSAC
 from learneddyn.offline.transition_filter import TransitionFilter, quantile_of, threshold_of
 from learneddyn.spaces import Spaces
 from learneddyn.world import PENALTIES, Sampler, World, penalty_below, require_members
-
 from learneddyn.world.world import unanswered
+
 MANY = 0.1
 """Share of the log below `OfflineMBPO`'s ``least_dynamics_reward`` from which on it warns."""
 
@@ -80,21 +81,23 @@ class OfflineMBPO(OfflineSAC):
             ends the rollout, terminated, with its own reward. MOREC's published 0.6 belongs to the published
             calibration and networks; how much of a log lies below a number differs from one r^D to the next, and more
             than a tenth raises a warning. 0 ends none. An end is worth 0 from there on: where rewards are negative it
-            is a way out, not a punishment, and 0 the choice.
+            is a way out, not a punishment (a warning says so), and 0 the choice.
         penalty: u, a name of `learneddyn.world.PENALTIES` or a function.
         penalty_weight: λ, in units of the logged reward per unit of u; or a rule that measures both on the log,
             ``"quantile:c"`` (`learneddyn.offline.weight_rule`). ``penalty_rule`` then tells the rule and the number.
         pessimism: c > 0 halts imagination where two members lie further apart than the largest distance on the log / c;
             such a step ends the rollout, terminated, and pays the least logged reward + ``halt_offset``.
-        halt_offset: see there; in units of the logged reward, at most 0.
+        halt_offset: see there; in units of the logged reward, at most 0. The step pays once: where that is worth more
+            than the log's mean reward for ever, a warning says so.
         inconsistency: weight of U, the deviation of the Bellman target over elites, in the target of imagined rows.
         inconsistency_draws: next states drawn per elite for U.
-        clip_target: keep targets at 0 or above, as published code does on tasks with positive rewards only.
+        clip_target: keep targets at 0 or above, as published code does on tasks with positive rewards; where the log's
+            mean reward is negative, a warning says so.
         horizon: steps of an imagined rollout.
         rollout_batch: logged states that an imagination starts from.
         rollout_every: updates between imaginations.
         retain: imaginations whose rows are kept.
-        real_ratio: share of logged rows in a batch.
+        real_ratio: share of logged rows in a batch; with ``conservatism``, enough for one row at least.
         max_ent_coef: see `OfflineSAC`.
         **common: see `OfflineSAC`. Without a ``task`` reward and termination are learned from the log's flags.
 
@@ -157,6 +160,7 @@ class OfflineMBPO(OfflineSAC):
         self.filter_draws, self.filter_limit = filter_draws, filter_limit
         self.least_dynamics_reward = least_dynamics_reward
         self._log_figures: dict[str, float] = {}
+        self._measured: dict[str, float] = {}
         self._reward_card: Json | None = None  # of a saved agent; empty if its dynamics reward is a plain function
         self.pessimism, self.halt_offset = pessimism, halt_offset
         self.inconsistency, self.inconsistency_draws, self.clip_target = inconsistency, inconsistency_draws, clip_target
@@ -172,10 +176,15 @@ class OfflineMBPO(OfflineSAC):
             max_ent_coef=max_ent_coef,
             **common,
         )
-
-    def _setup_model(self) -> None:
+        if self.conservatism and not round(self.real_ratio * self.batch_size):
+            raise ValueError(
+                f"real_ratio must leave conservatism a logged row to push up in every batch of {self.batch_size}, got "
+                f"{self.real_ratio}"
+            )
         if data is None and self.task is not None:  # of data, `_fill` has asked
             _check_heads(self.model, self.task)
+
+    def _setup_model(self) -> None:
         super()._setup_model()
         spaces = Spaces(self.observation_space, self.action_space)
         if self.model is None and self._model_card:
@@ -205,9 +214,17 @@ class OfflineMBPO(OfflineSAC):
         if self.model is not None:
             for penalty in (self.penalty, "max_pairwise_diff") if self.pessimism else (self.penalty,):
                 require_members(PENALTIES[penalty] if isinstance(penalty, str) else penalty, self.model.num_members)
+        _check_heads(self.model, self.task)
+        mean = float(rows.reward.mean()) + self.reward_shift
+        if self.clip_target and mean < 0:
+            warnings.warn(
+                f"clip_target keeps targets at 0 or above, but the log's mean reward is {mean:.4g}: values that should "
+                "differ all become 0; set clip_target=False, or raise the rewards by reward_shift",
+                UserWarning,
+                stacklevel=2,
+            )
         assert rows.spaces is not None
         self.rows = rows
-        _check_heads(self.model, self.task)
         self._low, self._high = bounds(rows.spaces.action, self.device)
         self.imagined = Replay(
             self.horizon * self.rollout_batch * self.retain,
@@ -223,7 +240,10 @@ class OfflineMBPO(OfflineSAC):
         assert self.model is not None
         assert self.task is not None
         penalty = PENALTIES[self.penalty] if isinstance(self.penalty, str) else self.penalty
-        weight = weight_rule.weight_of(self.penalty_weight, self.model, self.rows, penalty)
+        weight = self._once(
+            f"penalty_weight {self.penalty_weight}",
+            partial(weight_rule.weight_of, self.penalty_weight, self.model, self.rows, penalty),
+        )
         halting: dict[str, Any] = {}
         sampler = self.sampler
         if self.dynamics_reward is not None:
@@ -236,11 +256,17 @@ class OfflineMBPO(OfflineSAC):
             least = self._least()
             halting["trust"] = Halting(sampler.above(least), rule="dynamics reward below", threshold=least)
             halting["halt_reward"] = "kept"
+            if least > 0 or self._log_figures["log/below_least"] > 0:
+                self._warn_of_a_way_out(float(self.rows.reward.mean()), "least_dynamics_reward=0 ends no rollout")
         if self.pessimism:
-            threshold = discrepancy(self.model, self.rows) / self.pessimism
+            threshold = self._once("discrepancy", partial(discrepancy, self.model, self.rows)) / self.pessimism
             known = penalty_below(self.model, PENALTIES["max_pairwise_diff"], threshold)
             halting["trust"] = Halting(known, rule="max_pairwise_diff above", threshold=threshold)
-            halting["halt_reward"] = float(self.rows.reward.min()) + self.halt_offset
+            worst = float(self.rows.reward.min())
+            halting["halt_reward"] = worst + self.halt_offset
+            enough = (worst + self.reward_shift) * self.gamma / (1 - self.gamma) if self.gamma < 1 else -math.inf
+            cure = f"halt_offset={enough:.4g} makes it as bad as the log's least reward for ever"
+            self._warn_of_a_way_out(worst + self.halt_offset, cure)
         return World(
             self.model,
             self.task,
@@ -249,6 +275,23 @@ class OfflineMBPO(OfflineSAC):
             penalty_weight=weight,
             **halting,
         )
+
+    def _once(self, name: str, measure: Callable[[], float]) -> float:
+        """Return what was measured on log and model when learning began: RAMBO alters its model while it learns."""
+        if name not in self._measured:
+            self._measured[name] = measure()
+        return self._measured[name]
+
+    def _warn_of_a_way_out(self, paid: float, cure: str) -> None:
+        """Warn where a halt, which pays ``paid`` and ends all, is worth more than to go on as the log does."""
+        mean = float(self.rows.reward.mean()) + self.reward_shift
+        if (1 - self.gamma) * (paid + self.reward_shift) > mean:
+            warnings.warn(
+                f"a halted step is worth {paid + self.reward_shift:.4g}, more than to go on for ever at the log's mean "
+                f"reward of {mean:.4g} (gamma = {self.gamma:g}): a policy may learn to be halted. {cure}",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _least(self) -> float:
         """Return r_min on this log, and warn where it would end imagination at steps like many logged ones."""
@@ -394,16 +437,16 @@ class OfflineMBPO(OfflineSAC):
         return [*modules, *own], tensors
 
 
-def discrepancy(model: Dynamics, data: Transitions) -> float:
-    """Return the largest distance between two members' means at one logged step, ``max_D max_ij |μ_i - μ_j|``."""
-    return float(weight_rule.penalties_of(model, data, PENALTIES["max_pairwise_diff"]).max())
-
-
 def _check_heads(model: object, task: Task) -> None:
     """Refuse a model that says itself that it lacks a head the task needs: before it is fitted, not after."""
     for what, known in (("reward", task.reward), ("termination", task.terminated)):
         if known is None and getattr(model, f"learn_{what}", None) is False:
             raise unanswered(task, what, model)
+
+
+def discrepancy(model: Dynamics, data: Transitions) -> float:
+    """Return the largest distance between two members' means at one logged step, ``max_D max_ij |μ_i - μ_j|``."""
+    return float(weight_rule.penalties_of(model, data, PENALTIES["max_pairwise_diff"]).max())
 
 
 @torch.no_grad()
@@ -460,7 +503,9 @@ class MOReL(OfflineMBPO):
 
     Source: Kidambi, Rajeswaran, Netrapalli, Joachims, "MOReL: Model-Based Offline Reinforcement Learning", 2020.
     Deviations: the policy learns by SAC on branched rollouts, not by natural policy gradient on full episodes; members
-    are compared at one input; the halted step is terminated and pays once (the published code only truncates).
+    are compared at one input; the halted step is terminated and pays once (the published code only truncates), where
+    the source's absorbing state pays at every step. So with least logged reward r_min < 0 the imagined value is a
+    pessimist's only for ``halt_offset <= r_min γ / (1 - γ)``: above it a halt may be a way out (see `OfflineMBPO`).
 
     Args:
         policy: see `OfflineAlgorithm`.

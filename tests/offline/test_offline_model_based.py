@@ -169,6 +169,28 @@ def test_pessimism_halts_where_members_disagree(log, model):
     assert torch.equal(weights(trusting), weights(plain))
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_a_halt_that_is_a_way_out_is_named(log, model, gamma):
+    """An end that pays the least reward, -3.2, beside the mean of -2 for ever: that is -4 at γ = .5."""
+    shared = {**SMALL, "model": model, "gamma": gamma, "pessimism": 3.0}
+    poor = replace(log, reward=log.reward - 2)
+    least = float(poor.reward.min())
+    cure = f"halt_offset={least:.4g}" if gamma == 0.5 else "halt_offset=-inf"
+    with pytest.warns(UserWarning, match=f"a halted step is worth {least:.4g}, more than to go on .* {cure} makes"):
+        MOReL("MlpPolicy", poor, halt_offset=0.0, **shared).learn(1)
+    MOReL("MlpPolicy", poor, halt_offset=0.0, reward_shift=2.0, **shared).learn(1)  # warnings are errors here
+    if gamma < 1:
+        MOReL("MlpPolicy", poor, halt_offset=least, **shared).learn(1)
+    filtered = shared | {
+        "pessimism": 0.0,
+        "dynamics_reward": lambda obs, action, after: torch.full_like(obs[:, 0], 0.7),
+    }
+    with pytest.warns(UserWarning, match="a halted step is worth -1.9.* least_dynamics_reward=0 ends no rollout"):
+        OfflineMBPO("MlpPolicy", poor, least_dynamics_reward=0.5, **filtered).learn(1)
+    for rows, least in ((poor, 0.0), (poor, -1.0), (log, 0.5)):
+        OfflineMBPO("MlpPolicy", rows, least_dynamics_reward=least, **filtered).learn(1)
+
+
 def test_batches_begin_with_logged_rows(log, model):
     agent = COMBO("MlpPolicy", log, model=model, real_ratio=0.25, **SMALL).learn(1)
     batch, logged = agent._batch(), agent._logged_rows()
@@ -212,6 +234,16 @@ def test_targets_can_be_kept_above_zero(log, model):
     assert agent._target(batch, torch.full((40,), -50.0)).min() == 0
     agent.clip_target = False
     assert (agent._target(batch, torch.full((40,), -50.0)) < 0).any()
+
+
+def test_clipping_is_named_where_rewards_are_negative(log, model):
+    poor = replace(log, reward=log.reward - 2)
+    with pytest.warns(
+        UserWarning, match=r"clip_target keeps targets at 0 or above, but the log's mean reward is -1\.9"
+    ):
+        MOBILE("MlpPolicy", poor, model=model, clip_target=True, **SMALL)
+    MOBILE("MlpPolicy", poor, model=model, clip_target=True, reward_shift=2.0, **SMALL)
+    MOBILE("MlpPolicy", poor, model=model, **SMALL)
 
 
 def test_models_that_do_not_go_with_the_data_or_the_rule(log, model):
@@ -294,6 +326,7 @@ def test_whether_rollouts_end_must_be_known(log):
         ({"halt_offset": 5.0}, "halt_offset must be at most 0, got 5"),
         ({"horizon": 0}, "horizon must be at least 1, got 0"),
         ({"real_ratio": 1.5}, r"real_ratio must be in \[0, 1\], got 1.5"),
+        ({"conservatism": 1.0, "real_ratio": 0.01}, "real_ratio must leave .* row .* in every batch of 40, got 0.01"),
         ({"sampler": "best"}, "unknown sampler 'best'"),
     ],
 )
