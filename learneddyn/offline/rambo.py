@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from stable_baselines3.common import utils
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
@@ -49,6 +50,8 @@ class RAMBO(OfflineMBPO):
     Raises:
         ValueError: an argument outside its range, or a model that cannot be trained.
     """
+
+    _model_optimizer: torch.optim.Adam | None
 
     def __init__(
         self,
@@ -89,16 +92,28 @@ class RAMBO(OfflineMBPO):
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         found = super()._setup_learn(*args, **kwargs)
-        parameters = list(self.model.parameters()) if isinstance(self.model, AbstractDynamics) else []
-        if not parameters:
+        if not isinstance(self.model, AbstractDynamics) or not list(self.model.parameters()):
             raise ValueError(f"RAMBO trains its model: {type(self.model).__name__} has no parameters to train")
         if self._memory is not None:
             raise ValueError(
                 f"RAMBO trains its model on single steps: {type(self.model).__name__} must keep no memory here"
             )
-        # A fresh Adam for every call of learn: its moments are those of another game by then.
-        self._model_optimizer = torch.optim.Adam(parameters, lr=self.model_learning_rate)
+        if self._model_optimizer is None:  # the model has only now been fitted
+            self._model_optimizer = self._new_optimizer()
+        assert self._model_optimizer is not None
+        utils.update_learning_rate(self._model_optimizer, self.model_learning_rate)
         return found
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self._model_optimizer = self._new_optimizer()
+
+    def _new_optimizer(self) -> torch.optim.Adam | None:
+        """Return the optimiser of the model; None for one that is not fitted, or has nothing to train."""
+        if not isinstance(self.model, AbstractDynamics) or self.model.spaces is None:
+            return None
+        parameters = list(self.model.parameters())
+        return torch.optim.Adam(parameters, lr=self.model_learning_rate) if parameters else None
 
     def _update(self) -> dict[str, Float[Tensor, ""]]:
         if self._n_updates == 0:
@@ -119,6 +134,7 @@ class RAMBO(OfflineMBPO):
     def _adversarial_turn(self) -> dict[str, float]:
         """Train the model against the policy; return the mean of its losses."""
         assert self.world is not None
+        assert self._model_optimizer is not None
         sums = torch.zeros(2, device=self.device)
         state = self._start()
         for step in range(self.adversary_steps):
@@ -192,3 +208,7 @@ class RAMBO(OfflineMBPO):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_model_optimizer"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        modules, tensors = super()._get_torch_save_params()
+        return ([*modules, "_model_optimizer"] if self._model_optimizer is not None else modules), tensors

@@ -18,7 +18,7 @@ from learneddyn.core import RewardFn, Task, Transitions
 from learneddyn.data import collect, save, without_actions
 from learneddyn.files import replaced_folder
 from learneddyn.models import InverseDynamics, ProbabilisticEnsemble
-from learneddyn.offline import BC, IQL, MOPO, MOREC, DynamicsReward
+from learneddyn.offline import BC, IQL, MOPO, MOREC, RAMBO, DynamicsReward
 from learneddyn.runs import offline
 from learneddyn.runs.marks import read_marks
 from learneddyn.runs.offline import Mark, learn_offline, summary
@@ -54,7 +54,14 @@ def mopo(data):
 
 def morec(data):
     model, reward = ProbabilisticEnsemble(**TINY_MODEL), DynamicsReward(snapshots=2, updates=4, hidden=(8,), warm_up=2)
-    return MOREC("MlpPolicy", data, model=model, dynamics_reward=reward, **SMALL | IMAGINED)
+    return MOREC("MlpPolicy", data, model=model, dynamics_reward=reward, least_dynamics_reward=0.0, **SMALL | IMAGINED)
+
+
+def rambo(data):
+    """Turns of the model before and after the kill, and a penalty weighed by the model that they alter."""
+    turns = {"adversary": 0.1, "adversary_every": 8, "adversary_steps": 3, "adversary_batch": 8, "cloning_updates": 5}
+    weighed = {"penalty": "ensemble_std", "penalty_weight": "quantile:1.0", "model_learning_rate": 0.01}
+    return RAMBO("MlpPolicy", data, model=ProbabilisticEnsemble(**TINY_MODEL), **SMALL | IMAGINED | turns | weighed)
 
 
 def comparable(outcome) -> list:
@@ -63,9 +70,9 @@ def comparable(outcome) -> list:
     return [outcome.protocol, outcome.updates, outcome.returns, marks]
 
 
-@pytest.mark.parametrize("make", [iql, mopo, morec])
+@pytest.mark.parametrize("make", [iql, mopo, morec, rambo])
 def test_a_killed_run_ends_as_if_nothing_had_happened(make, log, tmp_path, monkeypatch):
-    again = partial({iql: IQL, mopo: MOPO, morec: MOREC}[make].load, data=log)
+    again = partial({iql: IQL, mopo: MOPO, morec: MOREC, rambo: RAMBO}[make].load, data=log)
     play = partial(learn_offline, partial(make, log), partial(again, task=SMALL["task"]), "Pendulum-v1", **RUN)
     whole = play(tmp_path / "whole")
     assert [mark.updates for mark in whole.marks] == [20, 40, 50]
@@ -241,6 +248,7 @@ def test_every_exported_learner_has_a_name():
     assert "offlinealgorithm" not in _learners()
 
 
+@pytest.mark.filterwarnings("ignore:clip_target")  # Pendulum's rewards are negative, the preset's are not
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_presets_make_the_agent_they_name(preset, log):
     from learneddyn.cli import _check_learner, _learner
