@@ -2,10 +2,36 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.logger import KVWriter, Logger
 
 from learneddyn.core import Transitions, generator
 from learneddyn.spaces import Spaces
 from learneddyn.testing import example_transitions
+
+
+class Lines(KVWriter):
+    """What an agent logs, a dictionary every time."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict] = []
+
+    def write(self, key_values, key_excluded, step=0):
+        self.lines.append(dict(key_values))
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def listen():
+    """Give an agent a logger, and return the list that what it logs is appended to."""
+
+    def to(agent) -> list[dict]:
+        notes = Lines()
+        agent.set_logger(Logger(None, [notes]))
+        return notes.lines
+
+    return to
 
 
 @pytest.fixture(autouse=True)

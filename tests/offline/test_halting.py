@@ -1,7 +1,6 @@
 """The halt rate: counted over all the steps a trust is asked about, and logged by the agents that halt."""
 
 import torch
-from stable_baselines3.common.logger import KVWriter, Logger
 
 from learneddyn.core import State, Task, generator
 from learneddyn.models import ProbabilisticEnsemble
@@ -25,18 +24,7 @@ def test_refused_steps_are_counted_until_they_are_told():
     assert halting.share() == 0.0
 
 
-class Lines(KVWriter):
-    def __init__(self) -> None:
-        self.lines = []
-
-    def write(self, key_values, key_excluded, step=0):
-        self.lines.append(dict(key_values))
-
-    def close(self):
-        pass
-
-
-def test_morel_logs_its_halt_rate(log):
+def test_morel_logs_its_halt_rate(log, listen):
     """Where no row is terminated by the task, the halts are the rows that are."""
     model = ProbabilisticEnsemble(num_members=3, num_elites=3, hidden=[16], max_epochs=2, learn_reward=True)
     model.fit(log, rng=generator(0))
@@ -44,10 +32,10 @@ def test_morel_logs_its_halt_rate(log):
     shared |= {"model": model, "task": Task("Example-v0", terminated=never), "horizon": 3}
     lines = []
     for kind, own in ((MOReL, {"pessimism": 2.0}), (MOPO, {})):
-        agent, notes = kind("MlpPolicy", log, **own, **shared), Lines()
-        agent.set_logger(Logger(None, [notes]))
+        agent = kind("MlpPolicy", log, **own, **shared)
+        told = listen(agent)
         agent.learn(1)
-        lines.append((agent, notes.lines[0]))
+        lines.append((agent, told[0]))
     (morel, first), (_, second) = lines
     halted = float(morel.imagined.unpack(morel.imagined.rows()).terminated.float().mean())
     assert 0 < halted < 1

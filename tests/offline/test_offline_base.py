@@ -8,7 +8,6 @@ import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.monitor import Monitor
 
 from learneddyn.core import DataError, Transitions, generator
@@ -133,22 +132,13 @@ def test_without_an_env_there_are_callbacks_and_a_bar_and_one_may_come_later(log
     assert np.isfinite(agent.final_return)
 
 
-def test_the_log_holds_means_and_a_nan_stops(log, monkeypatch):
-    class Memory(KVWriter):
-        lines: list[dict] = []  # noqa: RUF012
-
-        def write(self, key_values, key_excluded, step=0):
-            self.lines.append(dict(key_values))
-
-        def close(self):
-            pass
-
+def test_the_log_holds_means_and_a_nan_stops(log, listen, monkeypatch):
     agent = BC("MlpPolicy", log, seed=0, **SMALL)
-    agent.set_logger(Logger(None, [Memory()]))
+    lines = listen(agent)
     figures = iter([1.0, 3.0, 5.0, float("nan")])
     monkeypatch.setattr(agent, "_update", lambda: {"actor_loss": torch.tensor(next(figures))})
     agent.learn(2, log_interval=2)
-    assert Memory.lines[-1]["train/actor_loss"] == 2.0
+    assert lines[-1]["train/actor_loss"] == 2.0
     with pytest.raises(Diverged, match="BC diverged before update 2: actor_loss"):
         agent.learn(2)
 

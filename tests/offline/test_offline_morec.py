@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare, ks_2samp
-from stable_baselines3.common.logger import KVWriter, Logger
 
 from learneddyn.core import DataError, Outcome, Prediction, State, Task, Transitions, generator
 from learneddyn.models import ModelFileError, ProbabilisticEnsemble
@@ -530,7 +529,7 @@ def test_a_least_reward_above_all_ends_every_rollout_at_once(log, model):
     assert not pool.terminated.any()
 
 
-def test_the_threshold_is_a_quantile_of_the_log(log, model, learned):
+def test_the_threshold_is_a_quantile_of_the_log(log, model, learned, listen):
     """By default one logged step in a hundred lies below it, whatever r^D; a number is taken as it is."""
     rewards = judged(learned, log)
     rule = threshold_of("quantile:0.01", learned, log)
@@ -539,17 +538,16 @@ def test_the_threshold_is_a_quantile_of_the_log(log, model, learned):
     assert rule.mean == pytest.approx(float(rewards.mean()), abs=1e-6)
     assert threshold_of(0.7, indifferent, log) == Threshold(0.7, 0.0, pytest.approx(0.7))
     assert threshold_of("quantile:0.5", indifferent, log).below == 0.0
-    notes = Memory()
     agent = MOREC("MlpPolicy", log, model=model, task=ENDLESS, dynamics_reward=learned, **SMALL)
-    agent.set_logger(Logger(None, [notes]))
+    told = listen(agent)
     agent.learn(1)
-    assert notes.lines[0]["imagined/least_dynamics_reward"] == pytest.approx(rule.least)
-    assert notes.lines[0]["log/below_least"] == pytest.approx(rule.below)
+    assert told[0]["imagined/least_dynamics_reward"] == pytest.approx(rule.least)
+    assert told[0]["log/below_least"] == pytest.approx(rule.below)
     pool = agent.imagined.unpack(agent.imagined.rows())
-    assert notes.lines[0]["imagined/halted"] == pytest.approx(float(pool.terminated.float().mean()))
+    assert told[0]["imagined/halted"] == pytest.approx(float(pool.terminated.float().mean()))
     chosen = learned(pool.obs, agent._unscaled(pool.action), pool.next_obs)
     assert torch.equal(pool.terminated.bool(), chosen < rule.least)
-    assert notes.lines[0]["imagined/dynamics_reward"] == pytest.approx(float(chosen.mean()), abs=1e-5)
+    assert told[0]["imagined/dynamics_reward"] == pytest.approx(float(chosen.mean()), abs=1e-5)
 
 
 @pytest.mark.parametrize("rule", ["0.6", "quantile:1", "quantile:-0.1", "quantile:x"])
@@ -565,21 +563,10 @@ def test_candidates_are_clipped_to_the_limit(log, model):
     assert pool.next_obs.abs().max() == 0.25
 
 
-class Memory(KVWriter):
-    def __init__(self) -> None:
-        self.lines = []
-
-    def write(self, key_values, key_excluded, step=0):
-        self.lines.append(dict(key_values))
-
-    def close(self):
-        pass
-
-
-def test_its_reward_is_learned_once_and_travels_with_the_agent(log, model, tmp_path):
-    reward, notes = DynamicsReward(**QUICK), Memory()
+def test_its_reward_is_learned_once_and_travels_with_the_agent(log, model, listen, tmp_path):
+    reward = DynamicsReward(**QUICK)
     agent = MORECMOBILE("MlpPolicy", log, model=model, task=ENDLESS, dynamics_reward=reward, **SMALL)
-    agent.set_logger(Logger(None, [notes]))
+    told = listen(agent)
     agent.learn(2, log_interval=1)
     assert reward.spaces == log.spaces
     once = judged(reward, log)
@@ -589,8 +576,8 @@ def test_its_reward_is_learned_once_and_travels_with_the_agent(log, model, tmp_p
         "imagined/halted",
         "imagined/choice_entropy",
     ):
-        assert math.isfinite(notes.lines[0][name])
-    assert 0 < notes.lines[0]["imagined/choice_entropy"] <= math.log(6) + 1e-5
+        assert math.isfinite(told[0][name])
+    assert 0 < told[0]["imagined/choice_entropy"] <= math.log(6) + 1e-5
     agent.learn(2)
     assert torch.equal(judged(reward, log), once)
     agent.save(tmp_path / "agent")

@@ -6,7 +6,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from stable_baselines3.common.logger import KVWriter, Logger
 
 from learneddyn.core import Outcome, Prediction, Task, Transitions, generator
 from learneddyn.offline import RAVL
@@ -69,23 +68,11 @@ def test_rollouts_that_end_are_not_cut():
     assert edge_of_reach_share(one, one) == 0.0
 
 
-class Lines(KVWriter):
-    def __init__(self) -> None:
-        self.lines = []
-
-    def write(self, key_values, key_excluded, step=0):
-        self.lines.append(dict(key_values))
-
-    def close(self):
-        pass
-
-
-def test_agents_log_it():
+def test_agents_log_it(listen):
     """Beside the pessimism that holds it down."""
     small = {"policy_kwargs": {"net_arch": (8,)}, "batch_size": 20, "rollout_batch": 400, "n_critics": 2, "seed": 0}
     agent = RAVL("MlpPolicy", line(500, 1.0), task=TASK, model=Plant(1.0), horizon=2, device="cpu", **small)
-    notes = Lines()
-    agent.set_logger(Logger(None, [notes]))
+    told = listen(agent)
     agent.learn(1)
-    assert notes.lines[0]["imagined/edge_of_reach"] == pytest.approx(0.5, abs=0.05)
-    assert notes.lines[0]["train/spread"] >= 0
+    assert told[0]["imagined/edge_of_reach"] == pytest.approx(0.5, abs=0.05)
+    assert told[0]["train/spread"] >= 0

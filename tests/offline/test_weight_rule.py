@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from stable_baselines3.common.logger import KVWriter, Logger
 
 from learneddyn.core import DataError, Task, generator
 from learneddyn.models import ProbabilisticEnsemble
@@ -15,14 +14,6 @@ from learneddyn.world import PENALTIES
 
 TASK = Task("Example-v0", reward=lambda obs, action, after: after[:, 0], terminated=never)
 SMALL = {"policy_kwargs": {"net_arch": (8,)}, "batch_size": 20, "rollout_batch": 30, "horizon": 2, "device": "cpu"}
-
-
-class Memory(KVWriter):
-    def __init__(self) -> None:
-        self.lines = []
-
-    def write(self, key_values, key_excluded, step=0):
-        self.lines.append(dict(key_values))
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +41,14 @@ def test_units_do_not_matter(log, model):
     assert weight_of("quantile:0", model, log, penalty) == 0.0
 
 
-def test_the_agent_tells_the_rule_and_the_number(log, model, tmp_path):
+def test_the_agent_tells_the_rule_and_the_number(log, model, listen, tmp_path):
     ruled = MOPO("MlpPolicy", log, model=model, task=TASK, penalty="ensemble_std", penalty_weight="quantile:1.0",
                  seed=0, **SMALL)  # fmt: skip
-    memory = Memory()
-    ruled.set_logger(Logger(None, [memory]))
+    lines = listen(ruled)
     ruled.learn(3, log_interval=10)
     weight = weight_of("quantile:1.0", model, log, PENALTIES["ensemble_std"])
     assert ruled.world.penalty_weight == pytest.approx(weight)
-    told = memory.lines[-1]
+    told = lines[-1]
     assert ruled.penalty_rule == f"quantile:1.0 -> {weight:.4g}"
     assert told["imagined/penalty_rule"] == ruled.penalty_rule
     assert told["imagined/penalty_weight"] == pytest.approx(weight)
