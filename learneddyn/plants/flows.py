@@ -70,7 +70,8 @@ def dysts_flow(name: str) -> Flow:
         except ImportError as error:
             raise ImportError("flows of dysts need it: pip install 'learneddyn[dysts]'") from error
     kind: Any = getattr(flows, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, base.DynSys) and kind is not base.DynSys):
+    known = isinstance(kind, type) and issubclass(kind, base.DynSys) and kind is not base.DynSys
+    if not known:
         raise ValueError(f"dysts has no flow without delay called {name!r}; names are in dysts.systems")
     system: Any = _translated(kind, base.DynSys)()
     facts, start = system.metadata, tuple(np.atleast_2d(np.asarray(system.ic, np.float64))[0].tolist())

@@ -10,7 +10,8 @@ import torch
 from learneddyn.core import generator
 from learneddyn.envs.learned import LearnedEnv
 from learneddyn.models import NeuralODE, ProbabilisticEnsemble
-from learneddyn.plants.chaos import FlowDynamics, dysts_flow, lorenz63
+from learneddyn.plants import chaos as chaos_flows
+from learneddyn.plants.chaos import Flow, FlowDynamics, dysts_flow, lorenz63
 from learneddyn.spaces import Spaces
 from learneddyn.tasks import chaos
 from learneddyn.testing import check_dynamics, check_world
@@ -102,6 +103,16 @@ def test_the_way_to_the_attractor_is_cut_as_finely_as_steps():
     assert torch.allclose(starts, rest.expand(3, -1), atol=1e-5)
     with pytest.raises(FloatingPointError, match=r"3 of 3 orbits of Stiff are not finite.*raise substeps, now 1"):
         FlowDynamics(stiff, dt=0.015, substeps=1).start(3, generator(0))
+
+
+def test_orbits_that_leave_are_drawn_anew(monkeypatch):
+    """x' = x^3 - x comes to rest at 0 from below 1 and leaves from above."""
+    flow = Flow("Edge", lambda s: s**3 - s, (0.0,), (1.0,), (0.9,), 1.0, 0.0)
+    starts = FlowDynamics(flow).start(200, generator(0))
+    assert starts.abs().max() < 0.1
+    monkeypatch.setattr(chaos_flows, "_ROUNDS", 1)
+    with pytest.raises(FloatingPointError, match=r"\d\d of 200 orbits of Edge are not finite"):
+        FlowDynamics(flow).start(200, generator(0))
 
 
 @pytest.fixture
