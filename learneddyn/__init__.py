@@ -34,3 +34,21 @@ if "learneddyn/HeavyPendulum-v0" not in registry:
         entry_point="learneddyn.plants.heavy_pendulum:HeavyPendulum",
         max_episode_steps=1000,
     )
+
+for env_id, kwargs in {
+    "learneddyn/Flow-v0": {},
+    "learneddyn/Lorenz63-v0": {"flow": "Lorenz63"},
+    "learneddyn/Lorenz63Held-v0": {
+        "flow": "Lorenz63",
+        "forced": [0],
+        "push": 10.0,
+        "target": [1.0707, 0.9418, 0.4002],  # the fixed point (72^(1/2), 72^(1/2), 27)
+    },
+}.items():
+    if env_id not in registry:
+        register(
+            id=env_id,
+            entry_point="learneddyn.envs.flows:make_flow",
+            vector_entry_point="learneddyn.envs.flows:make_flow_vector",
+            kwargs=kwargs,
+        )
