@@ -274,6 +274,7 @@ def fit(
     out: str = "runs/world",
     model: AbstractDynamics | None = None,
     sampler: str = "elite",
+    bounds: dict[str, Any] | None = None,
     penalty: str | None = None,
     penalty_weight: float = 0.0,
     trust_margin: float | None = 0.5,
@@ -293,6 +294,7 @@ def fit(
         out: world folder to write; a world there is replaced.
         model: class path and arguments of the dynamics model, by default ProbabilisticEnsemble.
         sampler: mean, ts1, tsinf or elite.
+        bounds: of imagined observations: low, high, unit_pairs and angles of learneddyn.world.Bounded.
         penalty: name of an uncertainty penalty on the reward.
         penalty_weight: reward units per penalty unit.
         trust_margin: widening of the data's box, as a share of each column's range; null trusts every step.
@@ -309,6 +311,7 @@ def fit(
     settings: dict[str, Any] = {
         "task": env_id,
         "sampler": sampler,
+        "bounds": bounds,
         "penalty": penalty,
         "penalty_weight": penalty_weight,
         "trust_margin": trust_margin,

@@ -166,6 +166,7 @@ def test_presets_go_by_the_names_that_list_shows(home, capsys):
         (["--horizon", "0"], "horizon must be None or an integer of at least 1, got 0"),
         (["--trust_margin", "-1"], "trust_margin must be None or a finite number of at least 0, got -1"),
         (["--penalty", "fear"], "unknown penalty 'fear'"),
+        (["--bounds", "{angle: [2]}"], "bounds must be null or hold some of"),
         (["--penalty", "ll_var", "--model", "Koopman"], "ll_var compares the members of a model"),
         (["--max_rows", "0"], "max_rows must be null or at least 2, got 0"),
         (["--out", "thesis"], "thesis exists and holds no world or model"),

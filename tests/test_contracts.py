@@ -15,7 +15,7 @@ from learneddyn.envs.worlds import load_world, world_names
 from learneddyn.models import ProbabilisticEnsemble
 from learneddyn.planners import ICEM, AbstractPlanner
 from learneddyn.testing import check_dynamics, check_planner, check_world, example_transitions
-from learneddyn.world import PENALTIES, SAMPLERS, World
+from learneddyn.world import PENALTIES, SAMPLERS, Bounded, World
 from learneddyn.world.truth import TruthDynamics
 
 PLANNERS = [
@@ -51,7 +51,7 @@ def fitted():
     return model
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [*SAMPLERS, Bounded("elite", low=[-0.1] * 3, high=[0.1] * 3, angles=[1])])
 def test_samplers(fitted, sampler):
     check_world(World(fitted, Task("Example-v0"), sampler=sampler))
 

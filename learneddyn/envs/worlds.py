@@ -1,7 +1,7 @@
 """Worlds on disk: a model folder plus ``world.json`` and ``world.safetensors``. Nothing is unpickled.
 
     model.safetensors, model.json    the model, see `learneddyn.models.base`
-    world.json                       format, task, sampler, penalty, trust, horizon, package version
+    world.json                       format, task, sampler, bounds, penalty, trust, horizon, package version
     world.safetensors                the box of the data (``low``, ``high``) and the start table (``start``), if any
 
 `load_world` also knows the worlds that ship with the package by name, and ``truth:<Gymnasium id>``: MuJoCo itself.
@@ -9,6 +9,7 @@
 
 import hashlib
 import importlib.resources
+import inspect
 import json
 import math
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from learneddyn import tasks
 from learneddyn.core import Json, Task, Transitions, generator
 from learneddyn.files import replaced_folder, surviving_folder, write_file
 from learneddyn.models.base import AbstractDynamics
-from learneddyn.world import PENALTIES, SAMPLERS, World, all_trusted, require_members, within_box
+from learneddyn.world import PENALTIES, SAMPLERS, Bounded, World, all_trusted, require_members, within_box
 from learneddyn.world.truth import TruthDynamics
 
 FORMAT = 1
@@ -70,6 +71,7 @@ def save_world(
     *,
     task: Task | str,
     sampler: str = "elite",
+    bounds: Json | None = None,
     penalty: str | None = None,
     penalty_weight: float = 0.0,
     data: Transitions | None = None,
@@ -87,6 +89,8 @@ def save_world(
         model: fitted.
         task: a Task or its real id; it is restored by that id, so it must be one of `learneddyn.tasks.names`.
         sampler: one of ``mean``, ``ts1``, ``tsinf``, ``elite``.
+        bounds: what brings its draws back: arguments of `learneddyn.world.bounds.Bounded` (``low``, ``high``,
+            ``unit_pairs``, ``angles``), or None.
         penalty: a name of `learneddyn.world.penalties.PENALTIES`, or None.
         penalty_weight: reward units per penalty unit.
         data: what the model was fitted on; with a margin, steps that leave its box are not trusted.
@@ -97,13 +101,15 @@ def save_world(
 
     Raises:
         ValueError: an unknown sampler or penalty, a penalty that compares members of a model of one, a horizon or
-            margin out of range, tables with the wrong columns, or a model that is not fitted.
+            margin out of range, bounds that `Bounded` does not take, tables or bounds with the wrong columns, or a
+            model that is not fitted.
         FileExistsError: the folder holds something else.
     """
     card = check_settings(
         folder,
         task=task,
         sampler=sampler,
+        bounds=bounds,
         penalty=penalty,
         penalty_weight=penalty_weight,
         trust_margin=trust_margin,
@@ -133,6 +139,7 @@ def check_settings(
     *,
     task: Task | str,
     sampler: str = "elite",
+    bounds: Json | None = None,
     penalty: str | None = None,
     penalty_weight: float = 0.0,
     trust_margin: float | None = 0.5,
@@ -143,8 +150,8 @@ def check_settings(
     """Return the card of a world that `save_world` may write: what can be refused before a model is fitted for it.
 
     Raises:
-        ValueError: an unknown sampler or penalty, a number out of its range, or a penalty that compares members where
-            ``model`` has only one.
+        ValueError: an unknown sampler or penalty, a number out of its range, bounds that `Bounded` does not take, or a
+            penalty that compares members where ``model`` has only one.
         UnknownTask: the task is not one of `learneddyn.tasks.names`.
         FileExistsError: the folder holds something else.
     """
@@ -156,6 +163,7 @@ def check_settings(
     card: Json = {
         "task": task if isinstance(task, str) else task.real_id,
         "sampler": sampler,
+        "bounds": bounds,
         "penalty": penalty,
         "penalty_weight": penalty_weight,
         "trust_margin": trust_margin,
@@ -163,6 +171,8 @@ def check_settings(
         "horizon": horizon,
     }
     _check_card(card, "")
+    if bounds is not None:
+        card["bounds"] = Bounded(sampler, **bounds).arguments
     if model is not None and penalty is not None:
         require_members(PENALTIES[penalty], model.num_members)
     return card
@@ -209,11 +219,17 @@ def _assemble(
             raise WorldFileError(
                 f"{where}the table '{name}' must be finite and have the model's {width} columns, got {table}"
             )
+    sampler = _sampler(card, where)
+    if isinstance(sampler, Bounded) and width is not None:
+        try:
+            sampler.check_columns(width)
+        except ValueError as error:
+            raise WorldFileError(f"{where}bounds: {error}") from error
     boxed = card["trust_margin"] is not None and "low" in tables
     world = World(
         model,
         task,
-        sampler=card["sampler"],
+        sampler=sampler,
         penalty=None if card["penalty"] is None else PENALTIES[card["penalty"]],
         penalty_weight=card["penalty_weight"],
         trust=within_box(tables["low"], tables["high"], card["trust_margin"]) if boxed else all_trusted,
@@ -235,6 +251,21 @@ def _check_card(card: Json, where: str) -> None:
             raise WorldFileError(f"{where}unknown {name} {card[name]!r}, allowed are {sorted(allowed, key=str)}")
     if card["penalty_weight"] and card["penalty"] is None:
         raise WorldFileError(f"{where}penalty_weight is {card['penalty_weight']} but no penalty is given")
+    _sampler(card, where)
+
+
+def _sampler(card: Json, where: str) -> str | Bounded:
+    """Return the sampler that a card names; cards written before there were bounds have no such entry."""
+    bounds = card.get("bounds")
+    if bounds is None:
+        return str(card["sampler"])
+    allowed = list(inspect.signature(Bounded).parameters)[1:]
+    if not isinstance(bounds, dict) or not bounds or set(bounds) - set(allowed):
+        raise WorldFileError(f"{where}bounds must be null or hold some of {allowed}, got {bounds!r}")
+    try:
+        return Bounded(card["sampler"], **bounds)
+    except (TypeError, ValueError) as error:
+        raise WorldFileError(f"{where}bounds: {error}") from error
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """A learned model and a task, put together: start, step, rollout, returns."""
 
+from learneddyn.world.bounds import Bounded
 from learneddyn.world.penalties import PENALTIES, require_members
 from learneddyn.world.row import Row, RowStep, step_row, steps_rows
 from learneddyn.world.sampling import SAMPLERS, Sampler, elite, mean, ts1, tsinf
@@ -10,6 +11,7 @@ from learneddyn.world.world import World
 __all__ = [
     "PENALTIES",
     "SAMPLERS",
+    "Bounded",
     "Divergence",
     "ModelDiverged",
     "Row",

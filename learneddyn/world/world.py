@@ -9,6 +9,7 @@ from torch import Tensor
 
 from learneddyn.core import ActionFn, Dynamics, Outcome, Penalty, State, Step, Task, Transitions
 from learneddyn.models.base import AbstractDynamics
+from learneddyn.world.bounds import Bounded
 from learneddyn.world.penalties import require_members
 from learneddyn.world.sampling import SAMPLERS, Heard, Sampler, draw_members
 from learneddyn.world.sentinel import Sentinel, told
@@ -26,7 +27,8 @@ class World:
     Args:
         dynamics: a fitted model, or the truth (`learneddyn.world.truth`).
         task: what is asked; its None parts are answered by the model's heads.
-        sampler: one of ``mean``, ``ts1``, ``tsinf``, ``elite``, or a callable of the same signature.
+        sampler: one of ``mean``, ``ts1``, ``tsinf``, ``elite``, or a callable of the same signature, such as
+            `learneddyn.world.bounds.Bounded`.
         penalty: uncertainty to subtract from the reward, see `learneddyn.world.penalties`.
         penalty_weight: weight of the penalty, in reward units per penalty unit.
         trust: which steps to believe; see `learneddyn.world.trust`.
@@ -40,8 +42,8 @@ class World:
 
     Raises:
         ValueError: the model is not fitted, neither task nor model answers reward or termination (models that are no
-            AbstractDynamics say so at the first step), an unknown sampler, a penalty that compares members beside a
-            model of one, or a halt_reward of another kind.
+            AbstractDynamics say so at the first step), an unknown sampler, bounds of other columns than the model's, a
+            penalty that compares members beside a model of one, or a halt_reward of another kind.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class World:
             _require_heads(dynamics, task)
         if penalty_weight and penalty is None:
             raise ValueError(f"penalty_weight is {penalty_weight} but no penalty is given")
+        if isinstance(sampler, Bounded):
+            sampler.check_columns(dynamics.spaces.obs_dim)
         if penalty is not None:
             require_members(penalty, dynamics.num_members)
         self.dynamics, self.task, self.spaces = dynamics, task, dynamics.spaces

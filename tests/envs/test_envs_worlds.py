@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -30,6 +31,7 @@ from learneddyn.envs import (
 )
 from learneddyn.models.base import ModelFileError
 from learneddyn.spaces import Spaces
+from learneddyn.world import Bounded
 
 REAL_ID = "MountainCarContinuous-v0"
 
@@ -78,6 +80,37 @@ def test_a_saved_world_comes_back(tmp_path: Path):
     assert not world.trust(state, torch.zeros(1, 1), outside).any()
 
 
+def test_bounds_are_saved_with_a_world(folder: Path):
+    """Position is driven out of [-0.02, 0.02] by the action; the world that was saved without bounds lets it go."""
+    model, data = model_and_data()
+    start = torch.tensor([[0.01, 0.0]])
+    bounds = {"low": [-0.02, -math.inf], "high": [0.02, None]}
+    ends = {}
+    for name, given in (("free", None), ("bounded", bounds)):
+        save_world(folder, model, task=REAL_ID, sampler="mean", bounds=given, data=data, trust_margin=1e4, start=start)
+        env = gym.make("LearnedDyn-v0", world=str(folder))
+        env.reset(seed=0)
+        ends[name] = [float(env.step(-np.ones(1, np.float32))[0][0]) for _ in range(2)][-1]
+    assert ends["free"] < -0.9
+    assert ends["bounded"] == pytest.approx(-0.02)
+    card = json.loads((folder / "world.json").read_text())
+    assert card["bounds"] == {"low": [-0.02, None], "high": [0.02, None], "unit_pairs": [], "angles": []}
+    lanes = gym.make_vec("LearnedDyn-v0", 3, world=str(folder))
+    lanes.reset(seed=0)
+    for _ in range(3):
+        obs, *_ = lanes.step(-np.ones((3, 1), np.float32))
+    np.testing.assert_allclose(obs[:, 0], -0.02, rtol=1e-6)
+    again = load_world(folder).world
+    assert isinstance(again.sampler, Bounded)
+    assert again.sampler.sampler.__name__ == "mean"
+    edited(folder, bounds={"angles": [7]})
+    with pytest.raises(WorldFileError, match=f"{folder.name}: bounds: unit_pairs and angles must name columns"):
+        load_world(folder)
+    del card["bounds"]
+    (folder / "world.json").write_text(json.dumps(card))
+    assert not isinstance(load_world(folder).world.sampler, Bounded), "older folders have no such entry"
+
+
 def test_saving_again_replaces_and_a_foreign_folder_is_left_alone(folder: Path, tmp_path: Path):
     model, data = model_and_data()
     save_world(folder, model, task=REAL_ID, horizon=5)
@@ -107,6 +140,11 @@ def test_a_failed_save_leaves_the_last_good_world(folder: Path, monkeypatch: pyt
         ({"horizon": 0}, "horizon must be None or an integer of at least 1, got 0"),
         ({"trust_margin": -0.5}, "trust_margin must be None or a finite number of at least 0, got -0.5"),
         ({"penalty_weight": 1.0}, "penalty_weight is 1.0 but no penalty is given"),
+        ({"bounds": {}}, r"bounds must be null or hold some of \['low', 'high', 'unit_pairs', 'angles'\], got {}"),
+        ({"bounds": {"lowest": [0.0]}}, "bounds must be null or hold some of .*, got {'lowest'"),
+        ({"bounds": {"low": [1, 1], "high": [0, 1]}}, "bounds: low must not exceed high"),
+        ({"bounds": {"low": [0], "high": [1]}}, "bounds: low and high must hold one bound per observation column, 2"),
+        ({"bounds": {"angles": [2]}}, "bounds: unit_pairs and angles must name columns from 0 to 1, got 2"),
         ({"task": "Hopper-v5"}, "Hopper-v5 is observed in 11 columns, the model was fitted on 2"),
         ({"start": torch.zeros(3, 5)}, "table 'start' must be finite and have the model's 2 columns"),
         ({"start": torch.full((3, 2), torch.inf)}, "must be finite"),
