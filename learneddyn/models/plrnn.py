@@ -36,8 +36,12 @@ class PLRNN(AbstractRegression):
 
     D is ours: without it an input could not change how the state acts. Hidden units beyond the observation begin at a
     trained linear map of it. Training draws windows of ``window`` steps within episodes and forces them towards the
-    data (`learneddyn.models.forcing`); the last rows of the data are held out. The best weights on windows of the
-    held-out rows are kept.
+    data (`learneddyn.models.forcing`); the last rows of the data are held out.
+
+    Deviations: weights are kept by the error of free runs over held-out windows (the sources keep them by D_stsp, which
+    needs an attractor); the observation is read off the first units, without an observation model of its own; the
+    sources' L2 penalty of 1e-5 and the almost linear network's penalty against instability are left out; the factor by
+    which adaptive forcing falls is set by the number of updates, so that it settles within any budget.
 
     Args:
         kind: "shallow", "clipped" or "almost-linear".
@@ -46,7 +50,8 @@ class PLRNN(AbstractRegression):
         relus: rectified units of the almost linear kind.
         forcing: "fixed" (generalized teacher forcing with ``alpha``), "adaptive", or "sparse" (every ``interval``
             steps).
-        alpha: strength of fixed forcing: 1 is one-step training, 0 backpropagation through time.
+        alpha: strength of fixed forcing: 1 is one-step training, 0 backpropagation through time. Adaptive forcing
+            starts there.
         interval: steps between two forcings of "sparse".
         window: steps of a training sequence, or the longest episode's where that is shorter.
         batch_size: sequences per update.
