@@ -607,6 +607,11 @@ class RAVL(OfflineMBPO):
     Rollouts are cut after ``horizon`` steps, so some states are only ever a next state: nothing corrects their value,
     however good the model. The figure ``spread`` (mean minus least critic at next states) is the pessimism applied.
 
+    How far N and η cure it was measured where the model is exact (``learneddyn reproduce edge_of_reach``, rollouts of 5
+    steps, plain critics end at -19): η = 10 with 10 critics still earned 10 [8, 14] after 40 epochs, η = 1 had earned 7
+    after 20 and lost it again, -8 [-15, 5], and 30 critics without diversity fared as plain ones, -20. It is the
+    diversity that is pessimistic in few dimensions, not the number, and it delays the failure more than it ends it.
+
     Source: Sims, Lu, Foerster, Teh, "The Edge-of-Reach Problem in Offline Model-Based Reinforcement Learning", 2024.
 
     Args:
