@@ -58,9 +58,38 @@ def test_the_pseudospectrum_vanishes_at_eigenvalues_and_bounds_them(closed):
     residual = pseudospectrum(pairs, points)
     assert (residual[:2] < 1e-6).all()
     assert residual[2] > 0.05
-    kept, certificates = verified_spectrum(pairs, spacing=0.1)
-    assert len(kept) == len(certificates) > 0
-    assert (certificates <= 0.5).all()
+
+
+KNOWN = [0.45, 0.5, 0.729, 0.81, 0.9, 1.0]
+"""What x, x^2, x^3, 1 and y - x^2, alone and times x, are multiplied by at a step of the closed system."""
+
+
+def test_verified_points_are_the_eigenvalues_of_the_closed_system_and_no_others(closed):
+    x, y = closed.obs.double().T
+    after = torch.stack([0.9 * x, 0.5 * y + 0.31 * x**2], dim=1)
+    pairs = [(monomials(closed.obs, 3), monomials(after, 3))]
+    kept, certificates = verified_spectrum(pairs, spacing=0.05, below=0.01)
+    distance = (kept[:, None] - torch.tensor(KNOWN, dtype=torch.float64)).abs()
+    assert len(kept) == len(certificates) == 6
+    assert (distance.amin(dim=1) <= 0.025).all(), "every point kept lies within half a grid step of an eigenvalue"
+    assert (distance.amin(dim=0) <= 0.025).all(), "every eigenvalue is met"
+    on_grid = distance.amin(dim=1) < 1e-9
+    assert int(on_grid.sum()) == 4
+    assert (certificates[on_grid] < 1e-6).all()
+
+
+def test_of_a_system_that_preserves_its_measure_certificates_bound_the_distance_to_the_spectrum():
+    """Waves on a circle of 50 places, turned by three: wave k is multiplied by exp(i k turn)."""
+    turn, angle, waves = 6 * torch.pi / 50, 2 * torch.pi * torch.arange(50.0) / 50, torch.arange(4.0)
+    lifted = [
+        torch.cat([(waves * a[:, None]).cos(), (waves[1:] * a[:, None]).sin()], dim=1) for a in (angle, angle + turn)
+    ]
+    kept, certificates = verified_spectrum([tuple(lifted)], spacing=0.1)
+    known = torch.polar(torch.ones(7), torch.arange(-3.0, 4.0) * turn)
+    distance = (kept[:, None] - known).abs()
+    torch.testing.assert_close(certificates, distance.amin(dim=1), atol=1e-5, rtol=0)
+    assert (certificates < 0.1).all(), "no point is kept that a neighbour on the grid is better than"
+    assert (distance.amin(dim=0) <= 0.1 / 2**0.5).all(), "every eigenvalue has a point in its grid cell"
 
 
 def test_least_squares_leaves_out_what_the_data_does_not_tell_apart():
