@@ -17,6 +17,10 @@ from learneddyn.tasks.registry import UnknownTask
 
 Data = Transitions | str | Sequence[str]
 """Transitions, or one or several Minari ids."""
+LOOKED_AT = 100_000
+"""Rows, evenly spread, that tell how far a step usually leads."""
+ROUNDED = 0.01
+"""Share of the terminal states that may lack their flag: at a boundary, float32 may round to the other side."""
 
 
 def read(data: Data, task: Task | str | None = None, *, rewards: bool = True) -> tuple[Transitions, Task | None]:
@@ -29,8 +33,9 @@ def read(data: Data, task: Task | str | None = None, *, rewards: bool = True) ->
 
     Raises:
         DataError: rows without an action, NaN or infinity, no spaces, an action space that is no bounded Box, actions
-            outside it, a single episode, rewards that are all equal, or no terminal flag where the task has terminal
-            states.
+            outside it, a single episode, time-outs whose ``next_obs`` is the start of the next episode, rewards that
+            are all equal (unless episodes of different lengths terminate, as where each step costs 1), or terminal
+            states without their flag.
         DatasetNotFound: a Minari id that is neither here nor to be had.
         UnknownTask: a task id nobody registered.
     """
@@ -65,20 +70,68 @@ def check(data: Transitions, task: Task | None = None, *, rewards: bool = True) 
             f"{name} is one episode of {len(data)} rows: number the episodes in the column 'episode'; where there "
             "really is one, cut it into pieces, for example dataclasses.replace(data, episode=torch.arange(n) // 1000)"
         )
+    _check_time_outs(data, name)
     if rewards and bool((data.reward == data.reward[0]).all()):
-        raise DataError(
-            f"all {len(data)} rewards of {name} equal {float(data.reward[0])}: no action can be told from another; "
-            "give it rewards, or imitate it with BC"
-        )
-    if task is not None and task.terminated is not None and not bool(data.terminated.any()):
-        ended = task.terminated(data.next_obs)
-        if bool(ended.any()):
+        lengths = torch.unique_consecutive(data.episode, return_counts=True)[1]
+        reward, lasting = float(data.reward[0]), "no episode terminates"
+        if bool(data.terminated.any()):
+            lasting = "all episodes have the same length" if len(lengths.unique()) == 1 else ""
+        if lasting or reward == 0:  # else what an episode is worth depends on how soon it ends
             raise DataError(
-                f"{name} flags no termination, but {int(ended.sum())} of its {len(data)} next observations are terminal"
-                f" states of {task.real_id} (the first is row {int(ended.nonzero()[0])}); set them with "
+                f"all {len(data)} rewards of {name} equal {reward}{lasting and f' and {lasting}'}: no action can be "
+                "told from another; give it rewards, or imitate it with BC"
+            )
+    if task is not None:
+        _check_terminations(data, task, name)
+    return data
+
+
+def _check_time_outs(data: Transitions, name: str) -> None:
+    """Refuse a log whose time-outs lead to the start of the next episode, as in D4RL's own ``qlearning_dataset``.
+
+    A log that was cut into pieces has the same equality of observations, but there the step is like any other.
+    """
+    last = (data.episode[1:] != data.episode[:-1]).nonzero().flatten()
+    last = last[~data.terminated[last]]
+    copied = last[(data.next_obs[last] == data.obs[last + 1]).all(1)]
+    inner = (data.episode[1:] == data.episode[:-1]).nonzero().flatten()
+    if len(copied) < 2 or len(copied) <= len(last) / 2 or not len(inner):
+        return
+    inner = inner[torch.linspace(0, len(inner) - 1, min(len(inner), LOOKED_AT), device=data.device).long()]
+    usual = data.next_obs[inner] - data.obs[inner]
+    scale = usual.std(0, correction=0).clamp(min=1e-6)
+    limit = (usual / scale).norm(dim=1).quantile(0.99)
+    jumps = ((data.next_obs[copied] - data.obs[copied]) / scale).norm(dim=1) > limit
+    if bool(jumps.float().mean() > 0.5):
+        raise DataError(
+            f"in {name} the last next_obs of {len(copied)} of {len(last)} episodes that do not terminate is the first "
+            f"observation of the next one (the first is row {int(copied[0])}), further away than steps lead: store the "
+            "observation that the last action led to, or drop these rows"
+        )
+
+
+def _check_terminations(data: Transitions, task: Task, name: str) -> None:
+    """Refuse a log that lacks terminal flags, by what the task says or, where it cannot tell, by episodes' lengths."""
+    flagged = data.terminated
+    if task.terminated is not None:
+        missing = task.terminated(data.next_obs) & ~flagged
+        if int(missing.sum()) > ROUNDED * int(missing.sum() + flagged.sum()):
+            flags = f"only {int(flagged.sum())} terminations" if bool(flagged.any()) else "no termination"
+            raise DataError(
+                f"{name} flags {flags}, but {int(missing.sum())} more of its {len(data)} next observations are terminal"
+                f" states of {task.real_id} (the first is row {int(missing.nonzero()[0])}); set them with "
                 "dataclasses.replace(data, terminated=task.terminated(data.next_obs))"
             )
-    return data
+    elif task.max_episode_steps is not None and not bool(flagged.any()):
+        lengths = torch.unique_consecutive(data.episode, return_counts=True)[1]
+        early = lengths[lengths < task.max_episode_steps]
+        # A time limit of its own ends all episodes alike, and the log may stop before the last of them does.
+        if len(early) > len(lengths) / 2 and len(early.unique()) > 2:
+            raise DataError(
+                f"{name} flags no termination, but {len(early)} of its {len(lengths)} episodes end before the time "
+                f"limit of {task.real_id}, {task.max_episode_steps} steps, and not all alike: set the column "
+                "'terminated', which observations do not tell here"
+            )
 
 
 def bounds(space: gym.Space[object], device: torch.device) -> tuple[Float[Tensor, " a"], Float[Tensor, " a"]]:

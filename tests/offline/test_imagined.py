@@ -110,7 +110,8 @@ def test_terminations_and_full_rings(log):
     """Rollouts end where the model ends them; the ring keeps the newest rows, its oldest rollout may be torn."""
     task = Task("Example-v0", reward=lambda obs, action, after: after[:, 0], terminated=lambda obs: obs[:, 0] > 0.5)
     ensemble = ProbabilisticEnsemble(num_members=2, num_elites=2, hidden=[16], max_epochs=2)
-    agent = OfflineMBPO("MlpPolicy", log, task=task, model=ensemble, seed=0, rollout_every=1, retain=2, **SMALL)
+    ends = replace(log, terminated=log.next_obs[:, 0] > 0.5)
+    agent = OfflineMBPO("MlpPolicy", ends, task=task, model=ensemble, seed=0, rollout_every=1, retain=2, **SMALL)
     agent.learn(5)
     rows = imagined_log(agent)
     assert len(rows) == agent.imagined.capacity == 180

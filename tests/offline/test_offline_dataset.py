@@ -21,11 +21,17 @@ def spoilt(log: Transitions, case: str) -> Transitions:
     box, far = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32), log.action.clone()
     far[5] = 1.5
     flat, discrete = Spaces(log.spaces.observation, box), Spaces(log.spaces.observation, gym.spaces.Discrete(2))
+
+    def equal(reward: float) -> Transitions:
+        return replace(log, reward=torch.full_like(log.reward, reward))
+
     return {
         "nan": lambda: replace(log, obs=nan),
         "no rows": lambda: log[:0],
         "one episode": lambda: replace(log, episode=torch.zeros_like(log.episode)),
-        "equal rewards": lambda: replace(log, reward=torch.full_like(log.reward, 2.5)),
+        "equal rewards": lambda: replace(equal(2.5), terminated=torch.zeros_like(log.terminated)),
+        "equal episodes": lambda: replace(equal(-1.0), episode=torch.arange(400) // 20),
+        "zero rewards": lambda: equal(0.0),
         "no actions": lambda: replace(log, action=log.action[:, :0], spaces=None),
         "nan actions": lambda: replace(log, action=torch.full_like(log.action, torch.nan)),
         "some actions": lambda: replace(log, action=torch.where(torch.arange(400)[:, None] < 4, log.action, torch.nan)),
@@ -42,7 +48,9 @@ def spoilt(log: Transitions, case: str) -> Transitions:
         ("nan", "1 of 400 rows hold NaN or infinity in 'obs', the first is row 7"),
         ("no rows", "no transitions"),
         ("one episode", "one episode of 400 rows"),
-        ("equal rewards", "all 400 rewards .* equal 2.5"),
+        ("equal rewards", "all 400 rewards .* equal 2.5 and no episode terminates: no action"),
+        ("equal episodes", "all 400 rewards .* equal -1.0 and all episodes have the same length: no action"),
+        ("zero rewards", "all 400 rewards .* equal 0.0: no action"),
         ("no actions", "holds no action in 400 of its 400 rows; fill them in with learneddyn.offline.semi_supervised"),
         ("nan actions", "holds no action in 400 of its 400 rows"),
         ("some actions", "holds no action in 396 of its 400 rows"),
@@ -65,6 +73,61 @@ def test_missing_terminal_flags_are_found_by_the_task(log):
     read(bare, Task("Example-v0", terminated=never))
     with pytest.raises(DataError, match=r"flags no termination, but .* terminal states of Example-v0"):
         TD3BC("MlpPolicy", bare, task=task, device="cpu")
+
+
+def test_a_part_of_the_terminal_flags_is_not_enough(log):
+    task = Task("Example-v0", terminated=lambda next_obs: next_obs[:, 0] > 1.2)
+    whole = replace(log, terminated=task.terminated(log.next_obs))
+    count = int(whole.terminated.sum())
+    assert count >= 4
+    half = replace(whole, terminated=whole.terminated & (whole.terminated.cumsum(0) <= count // 2))
+    read(whole, task)
+    missing = f"flags only {count // 2} terminations, but {count - count // 2} more of its 400 next observations"
+    with pytest.raises(DataError, match=missing):
+        read(half, task)
+
+
+def test_missing_terminal_flags_are_found_by_the_lengths_of_episodes(log):
+    """Where observations do not show terminations: a limit makes equal lengths, a failure different ones."""
+    task, bare = Task("Example-v0", max_episode_steps=50), replace(log, terminated=torch.zeros_like(log.terminated))
+    assert len(log.episode.unique(return_counts=True)[1].unique()) > 2
+    with pytest.raises(DataError, match=r"flags no termination, but \d+ of its .* before the time limit .* 50 steps"):
+        read(bare, task)
+    read(replace(bare, episode=torch.arange(400) // 30), task)
+    read(bare, Task("Example-v0", max_episode_steps=5))
+    read(bare, Task("Example-v0"))
+    read(log, task)
+
+
+def test_steps_that_all_cost_the_same_can_be_learned_from(log):
+    """-1 until the goal: the sooner an episode ends, the more it is worth."""
+    costly = replace(log, reward=torch.full_like(log.reward, -1.0))
+    assert read(costly) == (costly, None)
+
+
+def drift(steps: int, copied: bool, terminated: bool = False) -> Transitions:
+    """Episodes of 20 steps up from 0; ``copied``: the last next_obs is the first observation of the next episode."""
+    rng = torch.Generator().manual_seed(0)
+    move = 1 + 0.1 * torch.randn(steps // 20, 20, 3, generator=rng)
+    after = move.cumsum(1)
+    before = after - move
+    if copied:
+        after[:-1, -1] = before[1:, 0]
+    last = torch.arange(steps) % 20 == 19
+    spaces = Spaces(gym.spaces.Box(-np.inf, np.inf, (3,), np.float32), gym.spaces.Box(-1.0, 1.0, (1,), np.float32))
+    columns = before.reshape(-1, 3), torch.zeros(steps, 1), before.sum(2).flatten(), after.reshape(-1, 3)
+    return Transitions(*columns, last & terminated, torch.arange(steps) // 20, spaces)
+
+
+def test_time_outs_that_lead_to_the_next_episode_are_found():
+    """D4RL's bug; not a log cut into pieces, whose next episode really begins where the last one ended."""
+    with pytest.raises(DataError, match=r"last next_obs of 9 of 9 episodes .* of the next one \(the first is row 19"):
+        read(drift(200, copied=True))
+    read(drift(200, copied=False))
+    read(drift(200, copied=True, terminated=True))  # no time-outs
+    one = drift(200, copied=False)
+    stream = torch.linspace(0, 200, 201)[:, None].expand(-1, 3)
+    read(replace(one, obs=stream[:-1].contiguous(), next_obs=stream[1:].contiguous()))
 
 
 def test_cloning_needs_no_rewards(log):

@@ -137,7 +137,8 @@ def test_cut_rollouts_are_not_terminated(log, model):
 
 def test_rollouts_stop_where_the_task_terminates(log, model):
     task = Task("Example-v0", terminated=lambda obs: torch.ones(len(obs), dtype=torch.bool))
-    agent = OfflineMBPO("MlpPolicy", log, model=model, task=task, **SMALL).learn(1)
+    ends = replace(log, terminated=torch.ones_like(log.terminated))
+    agent = OfflineMBPO("MlpPolicy", ends, model=model, task=task, **SMALL).learn(1)
     assert len(agent.imagined) == 60
     assert agent.imagined.unpack(agent.imagined.rows()).terminated.all()
 
