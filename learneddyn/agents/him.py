@@ -30,6 +30,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, normalize
 
+from learneddyn.core import generator
 from learneddyn.data import HideColumns
 
 
@@ -119,7 +120,8 @@ class HIMExtractor(BaseFeaturesExtractor):
 
     An encoder maps the history to v and z; a second one maps the row after it to a code of its own. Both codes are
     compared with prototypes: where one is assigned (by `sinkhorn`, so that no prototype takes all), the other's softmax
-    must point. No gradient of the policy reaches the encoders: `HIMCallback` trains them, or `HIMTrainer` does.
+    must point. No gradient of the policy reaches the encoders: `HIMCallback` trains them, or `HIMTrainer` does. Their
+    optimiser's state belongs to the weights: it is saved and loaded with the agent.
 
     Args:
         observation_space: of `PrivilegedHistory`.
@@ -149,10 +151,19 @@ class HIMExtractor(BaseFeaturesExtractor):
         self.encoder = _mlp(steps * width, hidden, unseen + latent)
         self.target = _mlp(width, hidden, latent)
         self.prototypes = nn.Parameter(normalize(torch.randn(prototypes, latent), dim=1))
-        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
         for name, columns in (("row", width), ("hidden", unseen)):
-            self.register_buffer(f"{name}_mean", torch.zeros(columns))
-            self.register_buffer(f"{name}_square", torch.ones(columns))
+            self.register_buffer(f"{name}_mean", torch.zeros(columns, dtype=torch.float64))
+            self.register_buffer(f"{name}_variance", torch.ones(columns, dtype=torch.float64))
+        self.optimizer = torch.optim.Adam(self.parameters())
+
+    def get_extra_state(self) -> Any:
+        """Return the optimiser's state, for the file of the weights."""
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take the optimiser's state from the file of the weights."""
+        self.optimizer.load_state_dict(state)
 
     def forward(self, observations: dict[str, Tensor]) -> Float[Tensor, "b f"]:
         """Return the features of a batch; they carry no gradient."""
@@ -163,7 +174,7 @@ class HIMExtractor(BaseFeaturesExtractor):
     def estimate(self, history: Float[Tensor, "b h r"]) -> tuple[Float[Tensor, "b v"], Float[Tensor, "b z"]]:
         """Return the hidden columns in their units, at the step that was learned from `Successions`; and the code."""
         hidden, code = self._encoded(history)
-        return hidden * self._std("hidden") + self.hidden_mean, code
+        return hidden * self._std("hidden") + self.hidden_mean.to(hidden), code
 
     def loss(self, rows: Successions) -> HIMLoss:
         """Return the squared error of the hidden columns, standardised, and the mean of the swapped cross-entropies.
@@ -171,8 +182,8 @@ class HIMExtractor(BaseFeaturesExtractor):
         The mean goes over rows and prototypes, as in the source: with P prototypes and no knowledge it is log(P) / P.
         """
         hidden, code = self._encoded(rows.history)
-        after = normalize(self.target((rows.after - self.row_mean) / self._std("row")), dim=1)
-        wanted = (rows.hidden - self.hidden_mean) / self._std("hidden")
+        after = normalize(self.target(self._standardised("row", rows.after)), dim=1)
+        wanted = self._standardised("hidden", rows.hidden)
         scores = code @ self.prototypes.T, after @ self.prototypes.T
         said, heard = (log_softmax(score / self.temperature, dim=1) for score in scores)
         assigned, answered = (sinkhorn(score.detach()) for score in scores)
@@ -180,13 +191,19 @@ class HIMExtractor(BaseFeaturesExtractor):
 
     @torch.no_grad()
     def observe(self, rows: Successions) -> None:
-        """Take rows into the moments that columns are standardised by."""
+        """Take rows into the moments that columns are standardised by.
+
+        The moments of both parts are joined as in Chan, Golub, LeVeque, "Algorithms for computing the sample variance"
+        (1983), in float64: means may be many times the spreads.
+        """
         count = float(len(rows.after))
+        new = count / (self.seen + count)
+        for name, part in (("row", rows.after.double()), ("hidden", rows.hidden.double())):
+            mean, variance = getattr(self, f"{name}_mean"), getattr(self, f"{name}_variance")
+            apart = part.mean(dim=0) - mean
+            variance.lerp_(part.var(dim=0, correction=0), new).addcmul_(apart, apart * (new * (1 - new)))
+            mean.add_(apart * new)
         self.seen += count
-        for name, part in (("row", rows.after), ("hidden", rows.hidden)):
-            for moment, value in (("mean", part), ("square", part.square())):
-                running = getattr(self, f"{name}_{moment}")
-                running += (value.mean(dim=0) - running) * (count / self.seen)
 
     @torch.no_grad()
     def normalise_prototypes(self) -> None:
@@ -194,13 +211,15 @@ class HIMExtractor(BaseFeaturesExtractor):
         self.prototypes.copy_(normalize(self.prototypes, dim=1))
 
     def _encoded(self, history: Tensor) -> tuple[Tensor, Tensor]:
-        rows = (history - self.row_mean) / self._std("row")
-        out = self.encoder(rows.flatten(1))
+        out = self.encoder(self._standardised("row", history).flatten(1))
         return out[:, : self._unseen], normalize(out[:, self._unseen :], dim=1)
 
-    def _std(self, name: str) -> Tensor:
-        variance = getattr(self, f"{name}_square") - getattr(self, f"{name}_mean").square()
-        return torch.where(variance > 1e-9, variance, 1.0).sqrt()
+    def _standardised(self, name: str, part: Tensor) -> Tensor:
+        return (part - getattr(self, f"{name}_mean").to(part)) / self._std(name)
+
+    def _std(self, name: str) -> Float[Tensor, " c"]:
+        variance = getattr(self, f"{name}_variance")
+        return torch.where(variance > 1e-9, variance, 1.0).sqrt().to(self.prototypes)
 
     # Declared for type checkers; the constructor registers them.
     seen: Tensor
@@ -225,7 +244,7 @@ def sinkhorn(scores: Float[Tensor, "b p"], sharpness: float = 0.05, rounds: int 
 
 
 class HIMTrainer:
-    """Adam on an estimator.
+    """Adam on an estimator; it goes on from where the estimator's last trainer stopped.
 
     Args:
         extractor: to train.
@@ -235,7 +254,6 @@ class HIMTrainer:
 
     def __init__(self, extractor: HIMExtractor, learning_rate: float = 1e-3, clip: float = 10.0) -> None:
         self.extractor, self.learning_rate, self.clip = extractor, learning_rate, clip
-        self._optimizer = torch.optim.Adam(extractor.parameters(), learning_rate)
 
     def update(self, rows: Successions) -> HIMLoss:
         """Take one step on a batch; gradients are gone afterwards, so that no other optimiser meets them."""
@@ -243,10 +261,11 @@ class HIMTrainer:
         loss = self.extractor.loss(rows)
         (loss.hidden + loss.swap).backward()
         nn.utils.clip_grad_norm_(self.extractor.parameters(), self.clip)
-        for group in self._optimizer.param_groups:
+        optimizer = self.extractor.optimizer
+        for group in optimizer.param_groups:
             group["lr"] = self.learning_rate
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         return HIMLoss(loss.hidden.detach(), loss.swap.detach())
 
     def epochs(self, rows: Successions, count: int, batch_size: int, rng: torch.Generator) -> HIMLoss:
@@ -263,7 +282,8 @@ class HIMCallback(BaseCallback):
 
     An on-policy agent's estimator sees each rollout ``epochs`` times, after the policy's update on it; an off-policy
     agent's sees ``updates`` batches of the replay after every rollout. All extractors of a policy (an actor and critics
-    may have their own) hold the same weights. Logged: ``him/hidden_mse`` (standardised) and ``him/swap``.
+    may have their own) hold the same weights. Logged: ``him/hidden_mse`` (standardised) and ``him/swap``. The callback
+    has no state of its own: a loaded agent that learns on with a new one is the agent that was never saved.
 
     Args:
         epochs: over a rollout.
@@ -285,7 +305,6 @@ class HIMCallback(BaseCallback):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.epochs, self.updates, self.batch_size, self.ahead = epochs, updates, batch_size, ahead
-        self._rng = torch.Generator()
         self._waiting: Successions | None = None
 
     def _on_training_start(self) -> None:
@@ -293,7 +312,6 @@ class HIMCallback(BaseCallback):
         if not extractors:
             raise ValueError("HIMCallback needs policy_kwargs={'features_extractor_class': HIMExtractor}")
         self._trainer, self._copies = HIMTrainer(extractors[0]), extractors[1:]
-        self._rng.manual_seed(self.model.seed or 0)
         self._copy()
 
     def _on_step(self) -> bool:
@@ -316,8 +334,9 @@ class HIMCallback(BaseCallback):
             rows, self._waiting = self._waiting, None
             if len(rows.after) == 0:  # no two steps of one episode in this rollout
                 return
+            rng = generator((self.model.seed or 0) + self.model.num_timesteps)  # the same in a run that was resumed
             self._tuned().extractor.observe(rows)
-            self._finish(self._trainer.epochs(rows, self.epochs, self.batch_size, self._rng))
+            self._finish(self._trainer.epochs(rows, self.epochs, self.batch_size, rng))
 
     def _learn_from_replay(self, agent: OffPolicyAlgorithm) -> None:
         assert agent.replay_buffer is not None
@@ -343,8 +362,10 @@ class HIMCallback(BaseCallback):
         self.logger.record("him/swap", float(loss.swap))
 
     def _copy(self) -> None:
+        weights = [*self._trainer.extractor.parameters(), *self._trainer.extractor.buffers()]
         for copy in self._copies:
-            copy.load_state_dict(self._trainer.extractor.state_dict())
+            for old, new in zip([*copy.parameters(), *copy.buffers()], weights, strict=True):
+                old.data.copy_(new.data)
 
 
 def rollout_successions(agent: OnPolicyAlgorithm, ahead: bool = True) -> Successions:

@@ -105,10 +105,48 @@ def test_moments_are_those_of_all_rows():
     model, rows = extractor(), successions()
     for part in torch.arange(600).split(70):
         model.observe(rows.rows(part))
-    assert torch.allclose(model.hidden_mean, rows.hidden.mean(dim=0), atol=1e-5)
+    assert torch.allclose(model.hidden_mean, rows.hidden.double().mean(dim=0), atol=1e-5)
     expected = rows.after.std(dim=0, correction=0)
     expected[2] = 1.0  # a column that never changes is divided by 1
     assert torch.allclose(model._std("row"), expected, atol=1e-4)
+
+
+def test_moments_keep_their_digits_beside_large_means():
+    model, rows = extractor(), successions()
+    far = Successions(rows.history, 0.1 * rows.after + 1e4, rows.hidden + 3e6)
+    for part in torch.arange(600).split(7):
+        model.observe(far.rows(part))
+    for name, column in (("row", far.after), ("hidden", far.hidden)):
+        wanted = column.double().std(dim=0, correction=0)
+        wanted[wanted == 0] = 1.0
+        assert torch.allclose(model._std(name).double(), wanted, rtol=1e-5)
+        assert torch.allclose(getattr(model, f"{name}_mean"), column.double().mean(dim=0), rtol=1e-12)
+    assert float(model.seen) == 600
+
+
+def test_a_resumed_run_is_the_unbroken_one(tmp_path):
+    def agent():
+        kwargs = KWARGS | {"features_extractor_kwargs": {"hidden": [16], "prototypes": 8}}
+        return PPO("MultiInputPolicy", pendulum(), n_steps=32, batch_size=16, n_epochs=2, policy_kwargs=kwargs, seed=0)
+
+    whole = agent()
+    whole.learn(128, callback=HIMCallback(batch_size=16))
+    first = agent()
+    first.learn(64, callback=HIMCallback(batch_size=16))
+    first.save(tmp_path / "agent")
+    chance = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002  # Stable-Baselines3's
+    resumed = PPO.load(tmp_path / "agent", env=first.get_env(), force_reset=False)
+    torch.set_rng_state(chance[0])
+    np.random.set_state(chance[1])  # noqa: NPY002
+    resumed.learn(64, callback=HIMCallback(batch_size=16), reset_num_timesteps=False)
+    want, got = (model.policy.state_dict() for model in (whole, resumed))
+    state = {name: value for name, value in want.items() if isinstance(value, torch.Tensor)}
+    assert all(torch.equal(value, got[name]) for name, value in state.items())
+    optimizers = [model.policy.features_extractor.optimizer.state_dict()["state"] for model in (whole, resumed)]
+    assert len(optimizers[0]) == len(list(whole.policy.features_extractor.parameters()))
+    for number, moments in optimizers[0].items():
+        assert float(moments["step"]) == 4 * 5 * 2, "four rollouts, five epochs, two batches"
+        assert all(torch.equal(value, optimizers[1][number][name]) for name, value in moments.items())
 
 
 def weights(agent):
