@@ -31,6 +31,8 @@ _POLES_RATE = 1e-3
 """Largest learning rate of what places eigenvalues."""
 _JUDGED = 256
 """Held-out windows that choose the weights: all up to this many, of more every so-manieth, so many at least."""
+_MEASURED = 20_000
+"""Held-out rows, in whole stretches, that the noise is measured on: about so many, or one stretch."""
 
 
 class _Heads(NamedTuple):
@@ -52,6 +54,11 @@ class _GRU(nn.Module):
     def initialise(self, rng: torch.Generator) -> None:
         for parameter in self.units.parameters():
             _uniform(parameter, self.units.hidden_size**-0.5, rng)
+
+    def entry(self) -> tuple[Tensor, Tensor]:
+        """Return weights and biases that inputs meet first."""
+        weights = self.units.all_weights[0]
+        return weights[0], weights[2]
 
     def forward(self, x: Float[Tensor, "b t i"]) -> Float[Tensor, "b t w"]:
         return self.units(x)[0]
@@ -82,6 +89,10 @@ class _Stack(nn.Module):
         for layer in self._blocks():
             layer.initialise(rng)
 
+    def entry(self) -> tuple[Tensor, Tensor]:
+        """Return weights and biases that inputs meet first."""
+        return self.encode.weight, self.encode.bias
+
     def forward(self, x: Float[Tensor, "b t i"]) -> Float[Tensor, "b t w"]:
         hidden = self.encode(x)
         for norm, layer, mix in zip(self.norms[:-1], self._blocks(), self.mix, strict=True):
@@ -107,10 +118,14 @@ class RecurrentDynamics(AbstractDynamics):
     Every step takes the observation that it is given and the action into the memory, which travels in the State; an
     episode begins with zeros. Training sees windows of episodes side by side, each from an empty memory: diagonal and
     companion layers answer a window at once by FFT. Shorter episodes take part as they are. The last rows are held out;
-    the weights with the lowest held-out negative log-likelihood are kept. A second fit goes on from the weights.
+    the weights with the lowest negative log-likelihood of held-out windows are kept. A second fit goes on from the
+    weights, which it keeps unless it finds better ones; its held-out rows may be among those that they have seen.
 
     The standard deviation is the network's own: large where an episode begins and velocities are unknown, small later.
-    It is one member; penalties that ask how much members disagree have nothing to compare.
+    It is widened, column by column, to the errors on held-out stretches with all that is remembered from their
+    beginnings: in a rollout memory grows older than any window that was trained on, and there errors grow. So that they
+    grow little, the modes of an "s4d" begin with time constants of at most half a window. It is one member; penalties
+    that ask how much members disagree have nothing to compare.
 
     Args:
         cell: "gru", "s4d" or "companion" (see `learneddyn.models.state_space`).
@@ -184,15 +199,17 @@ class RecurrentDynamics(AbstractDynamics):
         for name, columns in (("input", inputs), ("target", q)):
             self.register_buffer(f"{name}_mean", torch.zeros(columns))
             self.register_buffer(f"{name}_std", torch.ones(columns))
+        self.register_buffer("widening", torch.ones(q))
         self.register_buffer("_elites", torch.zeros(1, dtype=torch.long), persistent=False)
 
     def _core(self, inputs: int) -> _GRU | _Stack:
         if self.cell == "gru":
             return _GRU(inputs, self.width, self.layers)
+        longest = 0.5
         return _Stack(
             inputs,
             [
-                DiagonalStateSpace(self.width, self.order, self.init)
+                DiagonalStateSpace(self.width, self.order, self.init, min(4 / self.window, longest), longest)
                 if self.cell == "s4d"
                 else CompanionStateSpace(self.width, self.order)
                 for _ in range(self.layers)
@@ -262,7 +279,7 @@ class RecurrentDynamics(AbstractDynamics):
         heads = self._heads(hidden)
         mean = heads.mean * self.target_std + self.target_mean
         still = nn.functional.pad(obs, (0, 1)) if self.learn_reward else obs
-        return mean + still, (0.5 * heads.logvar).exp() * self.target_std, heads.ended, after
+        return mean + still, (0.5 * heads.logvar).exp() * self.target_std * self.widening, heads.ended, after
 
     def _inputs(self, obs: Tensor, action: Tensor) -> Tensor:
         return (torch.cat([obs, action], dim=-1) - self.input_mean) / self.input_std
@@ -278,7 +295,7 @@ class RecurrentDynamics(AbstractDynamics):
 
         Returns:
             ``holdout_mse`` (environment units, mean over columns) and ``holdout_nll`` (nats per column, termination's
-            left out) over held-out windows that each begin with an empty memory, ``train_rows``, ``holdout_rows``.
+            left out) over held-out stretches that each begin with an empty memory, ``train_rows``, ``holdout_rows``.
 
         Raises:
             DataError: fewer than two rows, or NaN or infinite rows.
@@ -294,27 +311,48 @@ class RecurrentDynamics(AbstractDynamics):
             data = data.to(self._elites.device)
             held = max(1, int(self.holdout_ratio * len(data)))
             train, test = _Sequences(data[:-held]), _Sequences(data[-held:])
-            history = self._learn(train, test, rng, progress)
+            self._standardise(train.data, fresh)
+            history = self._learn(train, test, fresh, rng, progress)
             metrics = self._measure(test)
         metrics |= {"train_rows": float(len(data) - held), "holdout_rows": float(held)}
         return FitReport(len(history), time.perf_counter() - started, metrics, history)
 
+    @torch.no_grad()
+    def _standardise(self, data: Transitions, fresh: bool) -> None:
+        """Take the scales of these rows, and change weights at hand so that they say the same in them.
+
+        Means stay what they were; standard deviations do within the soft bounds, which belong to the scales.
+        """
+        columns = torch.cat([data.obs, data.action], dim=1), self._changes(data)
+        scales = [(part.mean(dim=0), spread(part)) for part in columns]
+        if not fresh:
+            (mean, std), (target_mean, target_std) = scales
+            weight, bias = self.core.entry()
+            bias += weight @ ((mean - self.input_mean) / self.input_std)
+            weight *= std / self.input_std
+            q, ratio = len(target_std), self.target_std / target_std
+            self.outer.weight[:q] *= ratio[:, None]
+            self.outer.bias[:q] = self.outer.bias[:q] * ratio + (self.target_mean - target_mean) / target_std
+            self.outer.bias[q : 2 * q] += 2 * ratio.log()
+        for name, (mean, std) in zip(("input", "target"), scales, strict=True):
+            getattr(self, f"{name}_mean").copy_(mean)
+            getattr(self, f"{name}_std").copy_(std)
+
     def _learn(
-        self, train: "_Sequences", test: "_Sequences", rng: torch.Generator, progress: bool
+        self, train: "_Sequences", test: "_Sequences", fresh: bool, rng: torch.Generator, progress: bool
     ) -> list[dict[str, float]]:
-        data = train.data
-        for name, part in (("input", torch.cat([data.obs, data.action], dim=1)), ("target", self._changes(data))):
-            getattr(self, f"{name}_mean").copy_(part.mean(dim=0))
-            getattr(self, f"{name}_std").copy_(spread(part))
         columns, judged = self._columns(train), self._columns(test)
         optimizer = torch.optim.AdamW(self._groups(), self.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda done: 0.505 + 0.495 * math.cos(math.pi * done / self.updates)
         )
-        best, kept, history = torch.inf, {}, []
+        best, kept, history = math.inf, self._weights(), []
+        if not fresh:
+            with torch.no_grad():
+                best = float(self._loss(judged, *test.tiles(self.window)))
         bar = tqdm(range(self.updates), desc=f"RecurrentDynamics {self.cell}", disable=not progress)
         for update in bar:
-            row = torch.randint(len(data), (self.batch_size,), generator=rng, device=rng.device)
+            row = torch.randint(len(train.data), (self.batch_size,), generator=rng, device=rng.device)
             loss = self._loss(columns, *train.windows(row, self.window))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -326,16 +364,19 @@ class RecurrentDynamics(AbstractDynamics):
                     score = float(self._loss(judged, *test.tiles(self.window)))
                 history.append({"epoch": float(update + 1), "loss": loss.item(), "holdout": score})
                 bar.set_postfix(loss=loss.item(), holdout=score)
-                if score < best:
-                    best, kept = score, {name: p.detach().clone() for name, p in self.named_parameters()}
-        if not kept:
+                if score < best or not math.isfinite(best):
+                    best, kept = score, self._weights()
+        if not any(math.isfinite(entry["holdout"]) for entry in history):
             raise FloatingPointError(
                 f"RecurrentDynamics found no finite loss in {self.updates} updates: lower the learning rate"
             )
         with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                parameter.copy_(kept[name])
+            for parameter, good in zip(self.parameters(), kept, strict=True):
+                parameter.copy_(good)
         return history
+
+    def _weights(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters()]
 
     def _groups(self) -> list[dict[str, object]]:
         """Return the optimiser's groups: eigenvalues and time steps apart."""
@@ -369,13 +410,16 @@ class RecurrentDynamics(AbstractDynamics):
 
     @torch.no_grad()
     def _measure(self, test: "_Sequences") -> dict[str, float]:
-        index, inside = test.tiles(self.window)
+        """Widen the standard deviation to the errors on held-out stretches, and return them."""
+        index, inside = test.stretches(_MEASURED)
         x, target, _ = (column[index] for column in self._columns(test))
         heads = self._heads(self.core(x))
-        error = (heads.mean - target)[inside] * self.target_std
+        error = (heads.mean - target)[inside]
         if not bool(error.isfinite().all()):
             raise FloatingPointError("RecurrentDynamics learned something that is not finite: lower the learning rate")
-        std = (0.5 * heads.logvar[inside]).exp() * self.target_std
+        std = (0.5 * heads.logvar[inside]).exp()
+        self.widening.copy_((error / std).square().mean(dim=0).sqrt().clamp_min(1.0))
+        error, std = error * self.target_std, std * self.target_std * self.widening
         return {"holdout_mse": float(error.square().mean()), "holdout_nll": float(gaussian_nll(error, std))}
 
     def _require_fitted(self) -> None:
@@ -388,6 +432,7 @@ class RecurrentDynamics(AbstractDynamics):
     input_std: Tensor
     target_mean: Tensor
     target_std: Tensor
+    widening: Tensor
     _elites: Tensor
 
 
@@ -409,6 +454,12 @@ class _Sequences:
         """Return windows that lie side by side: all, or every so-manieth of those that are judged."""
         begin = (self._position % steps == 0).nonzero().flatten()
         return self._from(begin[:: max(1, len(begin) // _JUDGED)], steps)
+
+    def stretches(self, rows: int) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
+        """Return whole stretches, padded to the longest: all, or every so-manieth where they hold more rows."""
+        begin = (self._position == 0).nonzero().flatten()
+        chosen = max(1, rows // self._longest)
+        return self._from(begin[:: -(-len(begin) // chosen)], self._longest)
 
     def _from(self, begin: Int[Tensor, " b"], steps: int) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
         index = begin[:, None] + torch.arange(min(steps, self._longest), device=begin.device)

@@ -1,5 +1,7 @@
 """Recurrent dynamics: windows equal steps, the observation given is used, memory helps where observations lack."""
 
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -16,9 +18,9 @@ QUICK = {"updates": 6, "window": 8, "width": 8, "order": 4}
 HEADS = {"learn_reward": True, "learn_termination": True}
 
 
-def oscillator(episodes=200, length=25):
+def oscillator(episodes=200, length=25, seed=0):
     """Positions alone of x'' = -x + u, 0.3 s a step: the next position needs the velocity."""
-    rng = generator(0)
+    rng = generator(seed)
     turn = torch.tensor(0.3)
     matrix = torch.stack([torch.stack([turn.cos(), turn.sin()]), torch.stack([-turn.sin(), turn.cos()])])
     state, columns = torch.randn(episodes, 2, generator=rng), ([], [], [])
@@ -122,6 +124,63 @@ def test_a_second_fit_goes_on(model):
     assert 0 < max(moved) < 0.2, "steps of at most the learning rate from where the first fit ended"
 
 
+def shifted(data):
+    """The same rows in other units: scales of inputs and targets change."""
+    return replace(data, obs=3 * data.obs + 2, next_obs=3 * data.next_obs + 2, action=0.5 * data.action)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("rate", [1e-12, 5.0], ids=["no step", "a bad step"])
+def test_a_second_fit_keeps_what_it_cannot_better_in_new_scales(cell, rate):
+    data = example_transitions()
+    model = RecurrentDynamics(cell, **QUICK, **HEADS)
+    model.fit(data, rng=generator(0))
+    other = shifted(data)
+    memory = model.remembered(other[:30])
+    before = model.predict(other.obs[:30], other.action[:30], memory).mean.detach()
+    scales, wide = model.input_std.clone(), model.outer.bias.detach()[: len(model.target_std)].clone()
+    model.learning_rate, model.updates = rate, 1
+    model.fit(other, rng=generator(1))
+    assert not torch.allclose(model.input_std, scales)
+    assert not torch.allclose(model.outer.bias[: len(wide)], wide)
+    after = model.predict(other.obs[:30], other.action[:30], model.remembered(other[:30])).mean.detach()
+    assert torch.allclose(after, before, rtol=1e-4, atol=1e-3)
+
+
+def test_a_failed_second_fit_leaves_the_model(model):
+    copy = RecurrentDynamics(**model.config())
+    copy.fit(example_transitions(), rng=generator(0))
+    before = {name: tensor.clone() for name, tensor in copy.state_dict().items()}
+    copy.learning_rate = float("inf")
+    with pytest.raises(FloatingPointError, match="no finite loss"):
+        copy.fit(shifted(example_transitions()), rng=generator(1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in copy.state_dict().items())
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_intervals_hold_beyond_the_window_that_was_trained_on(cell):
+    data, test = oscillator(40, 100), oscillator(8, 200, seed=1)
+    model = RecurrentDynamics(cell, updates=60, width=16, order=8, window=8, learning_rate=1e-2)
+    report = model.fit(data, rng=generator(0))
+    said = model.predict(test.obs, test.action, model.remembered(test))
+    error = ((test.next_obs - said.mean[0]) / said.std[0]).detach()[test.positions() >= 8]
+    assert 0.8 < float((error.abs() < 1.645).float().mean()) < 1.0
+    assert model.widening.min() >= 1
+    held = data[-int(0.2 * len(data)) :]
+    said = model.predict(held.obs, held.action, model.remembered(held))
+    assert report.metrics["holdout_mse"] == pytest.approx(
+        float((said.mean[0] - held.next_obs).detach().square().mean()), rel=1e-3
+    )
+
+
+def test_modes_forget_within_a_window():
+    model = RecurrentDynamics("s4d", width=8, order=4, window=16, updates=1)
+    model.fit(example_transitions(), rng=generator(0))
+    (layer,) = model.core.layers
+    kept = (layer.eigenvalues().real * layer.log_dt.exp()[:, None] * 16).exp()
+    assert kept.max() < np.exp(-2) * 1.05
+
+
 def test_windows_stay_in_their_episode_and_cover_short_ones():
     data = example_transitions()
     sequences = _Sequences(data)
@@ -133,6 +192,10 @@ def test_windows_stay_in_their_episode_and_cover_short_ones():
     assert torch.equal(inside.sum(dim=1), length.clamp_max(8))
     index, inside = sequences.tiles(8)
     assert torch.equal(index[inside].sort().values, row), "tiles hold every row once"
+    index, inside = sequences.stretches(len(data) * 100)
+    assert torch.equal(index[inside].sort().values, row), "stretches too"
+    assert torch.equal(inside.sum(dim=1), torch.bincount(data.episode))
+    assert len(sequences.stretches(1)[0]) == 1
 
 
 def test_files(model, tmp_path):
