@@ -23,9 +23,9 @@ from learneddyn.evaluation.returns import evaluate
 from learneddyn.models import AbstractDynamics
 from learneddyn.offline.base import OfflineAlgorithm
 from learneddyn.offline.fqe import fqe
-from learneddyn.offline.model_based import OfflineMBPO
+from learneddyn.offline.model_based import OfflineMBPO, discrepancy
 from learneddyn.offline.selection import model_error, return_in_model
-from learneddyn.world import World
+from learneddyn.world import PENALTIES, World, all_trusted, penalty_below
 
 EPISODES, STARTS = 20, 100
 
@@ -59,11 +59,19 @@ def by_fqe(judged: Judgement) -> float:
 
 
 def by_return_in_model(judged: Judgement) -> float:
-    """Return the lower end of the interval of the return in the model that was fitted to judge."""
+    """Return the lower end of the interval of the return in the model that was fitted to judge.
+
+    Steps about which its members disagree more than at any logged one are not believed, and pay the worst
+    (`learneddyn.offline.selection.return_in_model`). A judge of one member is believed throughout.
+    """
     rows = judged.everything
     begins = rows.obs[rows.positions() == 0]
     some = begins[torch.randperm(len(begins), generator=generator(judged.seed))[:STARTS]]
-    world = World(AbstractDynamics.load(judged.judge, device=rows.device), tasks.get(judged.env_id))
+    judge: AbstractDynamics = AbstractDynamics.load(judged.judge, device=rows.device)
+    trust = all_trusted
+    if judge.num_members > 1:
+        trust = penalty_below(judge, PENALTIES["max_pairwise_diff"], discrepancy(judge, rows))
+    world = World(judge, tasks.get(judged.env_id), trust=trust)
     return return_in_model(judged.agent, world, some, worst=float(rows.reward.min()), seed=judged.seed).low
 
 
