@@ -90,7 +90,7 @@ def fqe(
     Raises:
         DataError: data that cannot be learned from (see `learneddyn.offline.dataset.read`), or whose rewards are all 0.
         Diverged: the critics' loss is not finite.
-        ValueError: an argument outside its range, or actions of the policy that are not finite.
+        ValueError: an argument outside its range, a policy with memory, or one whose actions are not finite.
     """
     for name, ok, given, allowed in (
         ("gamma", 0 <= gamma < 1, gamma, "in [0, 1)"),
@@ -149,12 +149,17 @@ def chosen(policy: Policy, obs: Float[Tensor, "n o"], spaces: Spaces) -> Float[T
     """Return a policy's deterministic actions, scaled from their box to [-1, 1].
 
     Raises:
-        ValueError: an action is not finite.
+        ValueError: an action is not finite, or the policy keeps a memory, which single rows cannot give it.
     """
     parts = []
     for part in obs.split(_CHUNK):
         observation = decode(spaces.observation, part.cpu().numpy())
-        actions, _ = policy.predict(observation, None, np.ones(len(part), bool), True)
+        actions, memory = policy.predict(observation, None, np.ones(len(part), bool), True)
+        if memory is not None:
+            raise ValueError(
+                f"{type(policy).__name__} remembers earlier steps, which the rows of a log do not bring back: judge it "
+                "by return_in_model or in the real environment"
+            )
         parts.append(torch.as_tensor(encode(spaces.action, actions), device=obs.device))
     action = torch.cat(parts)
     if not bool(action.isfinite().all()):

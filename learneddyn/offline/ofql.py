@@ -9,7 +9,8 @@
     `DQL`    |ε - ε̂|²  (diffusion.py)                    mean |Q_j(s, a_π)|, j ≠ i    K
 
 To act, 50 actions are drawn and one of them by the softmax of their least target values; a deterministic action is the
-best of 50 that always start from the same noise, the first from none.
+best of 50 that always start from the same noise, the first from none. Deviation: DQL's code evaluates by a draw from
+that softmax; here deterministic actions, which are what everything in this package is evaluated by, are that argmax.
 """
 
 from abc import abstractmethod

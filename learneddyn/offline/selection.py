@@ -23,7 +23,7 @@ from learneddyn.core import DataError, Dynamics, Json, Outcome, Policy, State, T
 from learneddyn.evaluation.returns import imagined
 from learneddyn.evaluation.stats import Estimate, crossed_interval
 from learneddyn.models.base import memory_of
-from learneddyn.offline.dataset import scaled
+from learneddyn.offline.dataset import check, scaled
 from learneddyn.offline.fqe import chosen, fqe
 from learneddyn.world import World
 
@@ -182,7 +182,7 @@ def rank(
         **fqe_options: other arguments of `fqe`.
 
     Raises:
-        ValueError: no policy, held-out rows without a world, or a policy without its world.
+        ValueError: no policy, held-out rows without a world, a policy without its world, or one that keeps a memory.
         DataError: see `fqe`.
     """
     if not policies:
@@ -193,6 +193,10 @@ def rank(
         raise ValueError(f"there is no world for {sorted(missing)}, given are those of {sorted(worlds)}")
     begins = log.obs[log.positions() == 0]
     some = begins[torch.randperm(len(begins), generator=generator(seed))[:starts].to(begins.device)]
+    spaces = check(log, rewards=False).spaces
+    assert spaces is not None
+    for policy in policies.values():  # none is judged for nothing
+        chosen(policy, some[:1], spaces)
     rows = []
     for name, policy in policies.items():
         value = fqe(policy, log, gamma=gamma, level=level, seed=seed, **fqe_options)

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from learneddyn.core import DataError, Outcome, Prediction, Task, Transitions, generator
+from learneddyn.core import DataError, Outcome, Prediction, State, Task, Transitions, generator
 from learneddyn.data import collect
 from learneddyn.evaluation import correlation, crossed_interval, evaluate
+from learneddyn.evaluation.stats import Estimate
+from learneddyn.models import ProbabilisticEnsemble
+from learneddyn.offline import objectives
+from learneddyn.offline.fqe import fqe
 from learneddyn.offline.selection import model_error, rank, return_in_model
 from learneddyn.reproduce.conservatism import Swinger
 from learneddyn.spaces import Spaces
@@ -147,8 +151,19 @@ def test_rank_of_constant_actions():
     assert far.to_json()[0]["model_error"] is None
 
 
+class Remembering(Constant):
+    def predict(self, observation, state=None, episode_start=None, deterministic=False):
+        return super().predict(observation)[0], (observation,)
+
+
 def test_bad_input_is_named():
     log = line(40)
+    memory = "Remembering remembers earlier steps, which the rows of a log do not bring back"
+    for judge in (lambda policy: fqe(policy, log), lambda policy: model_error(Drifting(), log, policy)):
+        with pytest.raises(ValueError, match=memory):
+            judge(Remembering(0.0))
+    with pytest.raises(ValueError, match=memory):
+        rank({"a": Constant(0.0), "b": Remembering(0.0)}, log, updates=0)  # refused before anything is learned
     with pytest.raises(ValueError, match="at least one policy"):
         rank({}, log)
     with pytest.raises(ValueError, match="pass worlds, too"):
@@ -160,6 +175,30 @@ def test_bad_input_is_named():
         return_in_model(Constant(0.0), endless, torch.zeros(2, 1), worst=0.0)
     with pytest.raises(DataError, match="NaN"):
         model_error(Drifting(), replace(log, obs=log.obs / 0))
+
+
+def test_a_sweep_believes_its_judge_where_the_members_agree_as_on_the_log(tmp_path, monkeypatch):
+    """Logged steps (the largest disagreement may round), not far ones; a judge of one member wherever it is asked."""
+    rows = collect("Pendulum-v1", steps=400, lanes=2, seed=0, progress=False)
+    log, held_out, worlds = rows[:200], rows[200:], []
+
+    def played(policy, world, start, **_):
+        worlds.append(world)
+        return Estimate(1.0, 0.5, 1.5)
+
+    monkeypatch.setattr(objectives, "return_in_model", played)
+    for members in (3, 1):
+        judge = ProbabilisticEnsemble(num_members=members, num_elites=1, hidden=[8], max_epochs=2)
+        judge.fit(rows, rng=generator(0))
+        judge.save(tmp_path / str(members))
+        asked = objectives.Judgement(Constant(0.0), log, held_out, tmp_path / str(members), "Pendulum-v1", 0)
+        assert objectives.by_return_in_model(asked) == 0.5
+    several, alone = worlds
+    first = torch.zeros(len(rows), dtype=torch.long)
+    logged, far = State(rows.obs, first), State(rows.obs * 100, first)
+    assert several.trust(logged, rows.action, State(rows.next_obs, first)).float().mean() > 0.99
+    assert several.trust(far, rows.action, far).float().mean() < 0.1
+    assert alone.trust(far, rows.action, far).all()
 
 
 def test_pendulum_policies_come_out_in_their_true_order():
