@@ -11,8 +11,10 @@ Any other row of the table in `learneddyn.offline.model_based` takes the filter 
 dynamics_reward=DynamicsReward(), horizon=100, rollout_batch=2000)``.
 
 Source: Luo, Xu, Cao, Yu, "Reward-Consistent Dynamics Models are Strongly Generalizable for Offline Reinforcement
-Learning", 2024; constants of its published code, but for r_min: 0.6 there, under which a quarter of a log may lie here
-(26 % of Hopper's medium grade in `learneddyn.reproduce.offline_table_hopper`), is a quantile of r^D over the log, 0.01.
+Learning", 2024; constants of its published code, but for two. r_min, 0.6 there, under which a quarter of a log may lie
+here (26 % of Hopper's medium grade in `learneddyn.reproduce.offline_table_hopper`), is a quantile of r^D over the log,
+0.01. Candidates, clipped to plus and minus 25 there, are not clipped, since units differ between tasks: the presets for
+D4RL's tasks say ``filter_limit: 25.0``.
 Every state of a rollout costs candidates times snapshots rows of the discriminator: without a GPU keep
 ``rollout_batch`` at a few hundred.
 """
