@@ -75,10 +75,16 @@ def test_weights_of_zero_are_one_method(log, model):
             (RAVL, {"n_critics": 2, "diversity": 0.0}),
         )
     ]
+    halfway = OfflineMBPO("MlpPolicy", log, **(same | {"policy_kwargs": plain})).learn(5)
     for other in agents[1:]:
         assert torch.equal(weights(agents[0]), weights(other)), type(other).__name__
-    moved = MOPO("MlpPolicy", log, penalty_weight=1.0, **(same | {"policy_kwargs": plain})).learn(10)
-    assert not torch.equal(weights(agents[0]), weights(moved))
+    for kind, extra in (
+        (MOPO, {"penalty_weight": 1.0}),
+        (COMBO, {"conservatism": 1.0}),
+        (RAVL, {"n_critics": 2, "diversity": 1.0}),
+    ):
+        moved = kind("MlpPolicy", log, **extra, **(same | {"policy_kwargs": plain})).learn(5)
+        assert not torch.equal(weights(halfway), weights(moved)), kind.__name__
 
 
 def test_mobile_with_elites_that_agree_is_mbpo(log, model):
@@ -209,8 +215,33 @@ def test_only_logged_rows_are_pushed_up(log, model):
     agent.conservatism = 0.0
     _, without = agent._critic_loss(batch, target)
     agent._rng.manual_seed(0)
-    down = conservative_values(agent.policy, batch.obs, batch.next_obs, agent._rng).logsumexp(2).mean(1)
+    values = conservative_values(agent.policy, batch.obs, batch.next_obs, agent._rng)
+    assert values.shape == (2, 40, 30)  # the whole mixed batch, thirty actions each
+    down = values.logsumexp(2).mean(1)
     torch.testing.assert_close(with_term - without, (down - q[:, :20].mean(1)).sum())
+
+
+def test_conservatism_prefers_the_logged_actions_to_the_policys(log, model):
+    """Large β: on the log the policy's own actions are worth less than the logged ones, but not without it."""
+    near, share = replace(log, action=log.action * 0.2), {}  # leaves room outside the data
+    for weight in (0.0, 50.0):
+        agent = COMBO("MlpPolicy", near, model=model, conservatism=weight, learning_rate=1e-2, **SMALL).learn(40)
+        with torch.no_grad():
+            own = agent.policy.actor.sample(log.obs, generator(0))
+            gain = agent.policy.critic(log.obs, own) - agent.policy.critic(log.obs, near.action)
+        share[weight] = float((gain < 0).float().mean())
+    assert share[50.0] > 0.9
+    assert share[0.0] < 0.9
+
+
+def test_all_elites_and_draws_of_the_inconsistency_are_one_call(log, model, monkeypatch):
+    """Of the model and of the target critics, which the target itself asks once more."""
+    agent = MOBILE("MlpPolicy", log, model=copy.deepcopy(model), inconsistency_draws=7, **SMALL).learn(1)
+    asked, predict = [], agent.model.predict
+    monkeypatch.setattr(agent.model, "predict", lambda *rows: asked.append("model") or predict(*rows))
+    agent.policy.critic_target.register_forward_hook(lambda *_: asked.append("critics"))
+    agent._update()
+    assert sorted(asked) == ["critics", "critics", "model"]
 
 
 def test_the_model_is_fitted_once_and_travels_with_the_agent(log, tmp_path):

@@ -353,7 +353,8 @@ def test_the_choice_is_the_softmax_of_the_reward():
     assert chosen(far, temperature=0.0) == [0, 0, 0, 4000]
 
 
-def test_a_hot_filter_draws_as_a_random_elite(model, log):
+@pytest.mark.parametrize(("reward", "temperature"), [(far, math.inf), (indifferent, 0.1), (indifferent, 0.0)])
+def test_a_hot_or_indifferent_filter_draws_as_a_random_elite(model, log, reward, temperature):
     """Candidates are drawn otherwise than the sampler "elite" draws, so only the law can be the same."""
     rows, rng = 3000, generator(5)
     state = State(log.obs[:1].expand(rows, -1), model.elites[:1].expand(rows))
@@ -361,7 +362,7 @@ def test_a_hot_filter_draws_as_a_random_elite(model, log):
     with torch.no_grad():
         filtered, plain = (
             World(model, ENDLESS, sampler=sampler).step(state, action, rng)
-            for sampler in (TransitionFilter(far, temperature=math.inf), "elite")
+            for sampler in (TransitionFilter(reward, temperature=temperature), "elite")
         )
     for column in range(3):
         assert ks_2samp(filtered[0].obs[:, column], plain[0].obs[:, column]).pvalue > 0.01
