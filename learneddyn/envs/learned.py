@@ -22,7 +22,10 @@ class LearnedEnv(gym.Env[Any, Any]):
 
     ``terminated`` is what the task (or the model) says. ``truncated`` says that the horizon is reached or that the
     world does not trust the step, and then ``info["trusted"]`` tells the two apart; the observation is the world's in
-    both cases. ``reset(options={"obs": obs})`` starts there. The same seed and actions give the same episode.
+    both cases. ``reset(options={"obs": obs})`` starts there. The same seed and actions give the same episode. ``info``
+    holds no more than that, for speed: who wants a step's elite, its penalty or its reward before the penalty steps the
+    `World` itself, whose state has the ``member`` and whose ``penalty`` may be asked again; a halt that pays
+    (``halt_reward``) is a termination like any other.
 
     Args:
         world: what to step; its spaces are the real environment's.
