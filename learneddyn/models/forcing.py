@@ -71,7 +71,11 @@ def forced_loss(
         alpha: strength of forcing, 0 to 1.
         every: force only at every n-th step (sparse teacher forcing with ``alpha=1``).
         weigh: see `stepwise_loss`.
+
+    Raises:
+        ValueError: alpha or every out of range.
     """
+    _check(("alpha", 0 <= alpha <= 1, alpha, "between 0 and 1"), ("every", every >= 1, every, "at least 1"))
     alphas = [alpha if step and step % every == 0 else 0.0 for step in range(x.shape[1])]
     if isinstance(cell, UnrolledCell):
         states = cell.unroll(x, u, alphas)
@@ -175,9 +179,17 @@ class AdaptiveForcing:
         decay: of alpha towards a lower estimate, per update of the estimate.
         interval: training batches between two estimates.
         start: first alpha.
+
+    Raises:
+        ValueError: an argument outside its range (names it, the value, what is allowed).
     """
 
     def __init__(self, decay: float, interval: int = 5, start: float = 1.0) -> None:
+        _check(
+            ("decay", 0 <= decay < 1, decay, "at least 0 and below 1"),
+            ("interval", interval >= 1, interval, "at least 1"),
+            ("start", 0 <= start <= 1, start, "between 0 and 1"),
+        )
         self.decay, self.interval, self.alpha, self._batches = decay, interval, start, 0
 
     def update(self, cell: Cell, x: Float[Tensor, "b t d"], u: Float[Tensor, "b t a"]) -> float:
@@ -188,3 +200,9 @@ class AdaptiveForcing:
             self.alpha = needed if needed > self.alpha else slow
         self._batches += 1
         return self.alpha
+
+
+def _check(*arguments: tuple[str, bool, object, str]) -> None:
+    for name, ok, value, allowed in arguments:
+        if not ok:
+            raise ValueError(f"{name} must be {allowed}, got {value!r}")

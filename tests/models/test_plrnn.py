@@ -142,6 +142,21 @@ def test_symbols_count_regions_and_their_moves(model):
         fixed_points(PLRNN(), code)
 
 
+def test_forcing_out_of_range(model):
+    x, u, target = (part.view(8, 30, -1) for part in model._sequences(oscillator(action=True)))
+    with pytest.raises(ValueError, match=r"alpha must be between 0 and 1, got 1.5"):
+        forced_loss(model, x, u, target, 1.5)
+    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+        forced_loss(model, x, u, target, 1.0, every=0)
+    for arguments, message in (
+        ({"decay": 1.0}, "decay must be at least 0 and below 1, got 1.0"),
+        ({"decay": 0.5, "interval": 0}, "interval must be at least 1, got 0"),
+        ({"decay": 0.5, "start": -0.1}, "start must be between 0 and 1, got -0.1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AdaptiveForcing(**arguments)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="alpha must be between 0 and 1"):
         PLRNN(alpha=2.0)
