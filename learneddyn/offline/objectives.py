@@ -25,7 +25,7 @@ from learneddyn.offline.base import OfflineAlgorithm
 from learneddyn.offline.fqe import fqe
 from learneddyn.offline.model_based import OfflineMBPO, discrepancy
 from learneddyn.offline.selection import model_error, return_in_model
-from learneddyn.world import PENALTIES, World, all_trusted, penalty_below
+from learneddyn.world import PENALTIES, Trust, World, all_trusted, penalty_below
 
 EPISODES, STARTS = 20, 100
 
@@ -68,7 +68,7 @@ def by_return_in_model(judged: Judgement) -> float:
     begins = rows.obs[rows.positions() == 0]
     some = begins[torch.randperm(len(begins), generator=generator(judged.seed))[:STARTS]]
     judge: AbstractDynamics = AbstractDynamics.load(judged.judge, device=rows.device)
-    trust = all_trusted
+    trust: Trust = all_trusted
     if judge.num_members > 1:
         trust = penalty_below(judge, PENALTIES["max_pairwise_diff"], discrepancy(judge, rows))
     world = World(judge, tasks.get(judged.env_id), trust=trust)
