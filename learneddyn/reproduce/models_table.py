@@ -1,4 +1,4 @@
-"""Every model class on six logs that are made here: two bodies, a runner in two grades, chaos, and noisy sensors.
+"""Every model class on seven logs that are made here: two bodies, a runner in two grades, chaos, a pendulum, a car.
 
 The comparison itself is `learneddyn.runs.comparison`; ``learneddyn compare`` makes the same table for logs of yours.
 Every model is a cell of its own (`learneddyn.runs.cells`): a killed run goes on where it stopped, and a model class
@@ -24,6 +24,7 @@ from learneddyn.evaluation.stats import bootstrap_interval
 from learneddyn.models.component import Law
 from learneddyn.offline.objectives import split_log
 from learneddyn.plants.chaos import FlowDynamics, lorenz63
+from learneddyn.reproduce import kinematic
 from learneddyn.runs.cells import FAILED, Cells
 from learneddyn.runs.claims import Claim, Finding
 from learneddyn.runs.comparison import BUDGET, EXCLUDED, Log, best, compare, count, draw, still, table
@@ -41,7 +42,7 @@ DAMPING, FRICTION, SMOOTH = 0.4, 1.0, 0.1
 """Of the pendulum: 1/s, rad/s^2, and the speed in rad/s below which friction fades."""
 SENSORS = torch.tensor([0.002, 0.05])
 """Standard deviations of its measured angle (rad) and velocity (rad/s)."""
-ANGLES = {"noisy pendulum": (0,)}
+ANGLES = {"noisy pendulum": (0,), "bicycle": (3,)}
 CANDIDATES, STARTS = 60, 4
 """Linear policies of the cheetah, of which the fastest collects the medium log; episodes that judge each."""
 
@@ -158,6 +159,7 @@ def logs(seed: int, rows: int = ROWS) -> tuple[Log, ...]:
         "HalfCheetah medium": _real("HalfCheetah-v5", run(seed), 0.2, rows, seed),
         "Lorenz": lorenz(rows, seed),
         "noisy pendulum": pendulum(rows, seed),
+        "bicycle": kinematic.log(-(-rows // STEPS), STEPS, seed)[:rows],
     }
     return tuple(
         Log(name, *split_log(data, seed=seed), angles=ANGLES.get(name, ()), known=known(name))
@@ -176,6 +178,8 @@ def known(name: str) -> dict[str, Json]:
                 "Hybrid": {"prior": f"{here}.swing", "dt": SWING_STEP},
                 "ComponentLaw": {"equations": f"{here}.swing"},
             }
+        case ["bicycle"]:
+            return {"KinematicBicycle": {"dt": kinematic.DT, "wheelbase": kinematic.WHEELBASE}}
         case [body, *_]:
             task, bodies = f"{body}-v5", {part: {"mass": WRONG_MASS} for part in HEAVY[body]}
             return {
@@ -223,10 +227,11 @@ CLAIM = Claim(
     setting=f"Logs of {ROWS:,} rows, a fifth of the episodes held out: InvertedPendulum-v5 and Hopper-v5 (half the "
     "episodes random, half a stabilising linear policy with noise), HalfCheetah-v5 (random; medium: the fastest of "
     f"{CANDIDATES} linear policies that were drawn at random, with noise), Lorenz-63 (no actions, steps of "
-    f"{LORENZ_STEP}), and a simulated pendulum with friction through noisy sensors (random motor). One setting a class "
-    f"for all logs; short fits ({BUDGET} and below), so a class that needs long training shows less than it can. The "
-    f"physics that Hybrid starts from: MuJoCo with {WRONG_MASS:g} times the mass of one part, Lorenz-63 with rho = "
-    f"{WRONG_RHO:g} for 28, a pendulum without friction, whose law ComponentLaw learns.",
+    f"{LORENZ_STEP}), a simulated pendulum with friction through noisy sensors (random motor), and the car of "
+    f"`reproduce kinematic`. One setting a class for all logs; short fits ({BUDGET} and below), so a class that needs "
+    f"long training shows less than it can. The physics that Hybrid starts from: MuJoCo with {WRONG_MASS:g} times the "
+    f"mass of one part, Lorenz-63 with rho = {WRONG_RHO:g} for 28, a pendulum without friction, whose law ComponentLaw "
+    "learns. KinematicBicycle knows the car's equations.",
     measure=measure,
     findings=findings,
     draw=picture,

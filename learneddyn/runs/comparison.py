@@ -57,13 +57,22 @@ SETTINGS: dict[str, dict[str, Json]] = {
     "ComponentLaw": {"": {"updates": 250}},
     "ProbabilisticEnsemble": {"": {"num_members": 5, "num_elites": 5, "hidden": [64, 64], "scale_targets": True}},
     "SINDy": {"": {"degree": 2, "bootstraps": 5, "bias": True}},
-    "Koopman": {"polynomial": {"degree": 2}, "rbf": {"lift": "rbf", "centres": 100}},
+    "Koopman": {
+        "polynomial": {"degree": 2},
+        "rbf": {"lift": "rbf", "centres": 100},
+        "learned": {"lift": "learned", "centres": 32},
+    },
     "PLRNN": {
         "clipped": {"window": 20, "updates": 500},
         "almost-linear": {"kind": "almost-linear", "relus": 2, "window": 20, "updates": 500},
     },
     "Hybrid": {"sparse": {}, "neural": {"residual": "neural"}},
-    "RecurrentDynamics": {"gru": {"window": 32, "updates": 300}, "s4d": {"cell": "s4d", "window": 32, "updates": 300}},
+    "RecurrentDynamics": {
+        "gru": {"window": 32, "updates": 300},
+        "s4d": {"cell": "s4d", "window": 32, "updates": 300},
+        "s4d, ptd": {"cell": "s4d", "init": "ptd", "window": 32, "updates": 300},
+        "companion": {"cell": "companion", "window": 32, "updates": 300},
+    },
     "SparseReLU": {"": {"hidden": [64, 64], "relus": 32}},
 }
 """Arguments by class and variant; a class that is not named here has one variant, its defaults."""
@@ -73,7 +82,7 @@ REASONS = {
     "ComponentLaw": "learns a law inside equations, and none are given for this system",
     "Hybrid": "corrects a physics prior, and none is given for this system",
     "KinematicBicycle": "holds the equations of a vehicle: pose, speed and steering angle",
-    "MixER": "tells several environments apart, and this log is of one",
+    "MixER": "tells several environments apart, and this log is of one (see reproduce mixer)",
 }
 """Why classes that ask for knowledge of the system cannot take part without it (`Log.known`)."""
 

@@ -5,7 +5,7 @@ import torch
 
 from learneddyn import models
 from learneddyn.core import generator
-from learneddyn.models import ComponentLaw, Hybrid
+from learneddyn.models import ComponentLaw, Hybrid, KinematicBicycle
 from learneddyn.reproduce import models_table
 from learneddyn.runs import comparison
 from learneddyn.runs.claims import run_claim
@@ -54,9 +54,11 @@ def test_logs_are_long_enough_and_their_physics_can_be_had(made):
         "HalfCheetah medium",
         "Lorenz",
         "noisy pendulum",
+        "bicycle",
     ]
     for log in made:
         assert len(log.train) + len(log.held_out) == 600
+    for log in made[:-1]:
         rows = torch.cat([log.train.next_obs[:8], log.held_out.next_obs[:8]])
         prior = Hybrid(**log.known["Hybrid"])
         obs = torch.cat([log.train.obs[:8], log.held_out.obs[:8]])
@@ -64,7 +66,8 @@ def test_logs_are_long_enough_and_their_physics_can_be_had(made):
         near = prior._prior(obs, action, **prior.prior_arguments)
         assert float((near - rows).norm()) < float((obs - rows).norm()), log.name
         assert float((near - rows).norm()) > 1e-3, log.name
-    ComponentLaw(**made[-1].known["ComponentLaw"])
+    ComponentLaw(**made[-2].known["ComponentLaw"])
+    KinematicBicycle(**made[-1].known["KinematicBicycle"])
 
 
 def test_a_policy_that_balances_is_told_from_a_random_one(made):
@@ -76,14 +79,14 @@ def test_a_policy_that_balances_is_told_from_a_random_one(made):
 
 
 def test_every_log_comes_to_a_finding(made, monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "__all__", ["Koopman", "KinematicBicycle"])
+    monkeypatch.setattr(models, "__all__", ["Koopman", "MixER"])
     monkeypatch.setattr(comparison, "SETTINGS", {"Koopman": {"linear": {"degree": 1}}})
     monkeypatch.setattr(comparison, "SPEED_SECONDS", 0.01)
     found = run_claim(models_table.CLAIM, tmp_path, seeds=[0], workers=1, progress=False)
     assert found[0].holds
     assert [finding.what.partition(":")[0] for finding in found[1::2]] == [log.name for log in made]
     cells = sorted((tmp_path / "models_table" / "seed-0" / "cells").glob("*.json"))
-    assert len(cells) == 6
+    assert len(cells) == 7
     times = [path.stat().st_mtime_ns for path in cells]
     models_table.measure(0, tmp_path / "models_table" / "seed-0", silent)
     assert [path.stat().st_mtime_ns for path in cells] == times
