@@ -35,7 +35,7 @@ if "learneddyn/HeavyPendulum-v0" not in registry:
         max_episode_steps=1000,
     )
 
-for env_id, kwargs in {
+for _id, _kwargs in {
     "learneddyn/Flow-v0": {},
     "learneddyn/Lorenz63-v0": {"flow": "Lorenz63"},
     "learneddyn/Lorenz63Held-v0": {
@@ -45,10 +45,10 @@ for env_id, kwargs in {
         "target": [1.0707, 0.9418, 0.4002],  # the fixed point (72^(1/2), 72^(1/2), 27)
     },
 }.items():
-    if env_id not in registry:
+    if _id not in registry:
         register(
-            id=env_id,
+            id=_id,
             entry_point="learneddyn.envs.flows:make_flow",
             vector_entry_point="learneddyn.envs.flows:make_flow_vector",
-            kwargs=kwargs,
+            kwargs=_kwargs,
         )
