@@ -9,6 +9,8 @@ imagination; MuJoCo is the judge. Importing the package registers ``LearnedDyn-v
     env = gym.make("LearnedDyn-v0")
 """
 
+from typing import Any
+
 from gymnasium.envs.registration import register, registry
 
 __version__ = "0.1.0"
@@ -35,7 +37,7 @@ if "learneddyn/HeavyPendulum-v0" not in registry:
         max_episode_steps=1000,
     )
 
-for _id, _kwargs in {
+_flows: dict[str, dict[str, Any]] = {
     "learneddyn/Flow-v0": {},
     "learneddyn/Lorenz63-v0": {"flow": "Lorenz63"},
     "learneddyn/Lorenz63Held-v0": {
@@ -44,7 +46,8 @@ for _id, _kwargs in {
         "push": 10.0,
         "target": [1.0707, 0.9418, 0.4002],  # the fixed point (72^(1/2), 72^(1/2), 27)
     },
-}.items():
+}
+for _id, _kwargs in _flows.items():
     if _id not in registry:
         register(
             id=_id,
