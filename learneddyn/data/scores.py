@@ -1,7 +1,8 @@
 """Reference returns of the real tasks, each with its source, and the normalised score made from them.
 
-Minari's MuJoCo data sets carry no reference returns. A score of 0 is the random policy, 100 the expert. The random
-returns measured here are printed by ``python -m learneddyn.data.scores --episodes 100``.
+Minari's MuJoCo data sets carry no reference returns. A score of 0 is the random policy, 100 the expert. Benchmarks
+normalise the same task by other returns, so a score goes with its table (`TABLES`). The random returns measured here
+are printed by ``python -m learneddyn.data.scores --episodes 100``.
 """
 
 import argparse
@@ -59,29 +60,59 @@ REFERENCES: dict[str, Reference] = {
     "Swimmer-v5": Reference(3.16, 360.0, _THRESHOLD),
     "Walker2d-v5": Reference(1.629008, 4592.3, _d4rl(1.9)),
 }
-"""Reference returns by Gymnasium id."""
+"""Reference returns by Gymnasium id; where D4RL states them, D4RL's."""
+
+_NEORL = (
+    "random, expert: NeoRL (Qin et al., 2021) as in the published code of MOBILE and MOREC, from the MuJoCo tasks of "
+    "OpenAI Gym"
+)
+_NEORL2 = "random, expert: NeoRL-2 (Gao et al., 2025), the least and the largest score of its published code"
+
+TABLES: dict[str, dict[str, Reference]] = {
+    "gymnasium": REFERENCES,
+    "neorl": {
+        "HalfCheetah-v5": Reference(-298.0, 12284.0, _NEORL),
+        "Hopper-v5": Reference(5.0, 3294.0, _NEORL),
+        "Walker2d-v5": Reference(1.0, 5143.0, _NEORL),
+    },
+    "neorl2": {
+        "DMSD": Reference(30.6, 849.51, _NEORL2),
+        "Fusion": Reference(-107.601, 98.05, _NEORL2),
+        "Pipeline": Reference(-296.0, 751.0, _NEORL2),
+        "RandomFrictionHopper": Reference(-3.0, 503.0, _NEORL2),
+        "RocketRecovery": Reference(-176.0, 208.0, _NEORL2),
+        "SafetyHalfCheetah": Reference(-283.0, 2507.0, _NEORL2),
+        "Salespromotion": Reference(357.62, 602.21, _NEORL2),
+        "Simglucose": Reference(9.75, 475.0, _NEORL2),
+    },
+}
+"""Tables by name: "gymnasium" is `REFERENCES`; "neorl" has other references for the same ids; the tasks of "neorl2",
+under its own names, are no environments of Gymnasium."""
 
 
-def reference(real_id: str) -> Reference:
-    """Return the reference returns of a task.
+def reference(real_id: str, table: str = "gymnasium") -> Reference:
+    """Return the reference returns of a task in one of the `TABLES`.
 
     Raises:
-        UnknownReference: the table has no such task (lists those it has).
+        UnknownReference: no such table, or it has no such task (lists those there are).
     """
-    if real_id not in REFERENCES:
+    if table not in TABLES:
+        raise UnknownReference(f"table must be one of {', '.join(TABLES)}, got {table!r}")
+    if real_id not in TABLES[table]:
+        where = "" if table == "gymnasium" else f" in the table {table!r}"
         raise UnknownReference(
-            f"no reference returns for '{real_id}'; there are some for {', '.join(sorted(REFERENCES))}"
+            f"no reference returns for '{real_id}'{where}; there are some for {', '.join(sorted(TABLES[table]))}"
         )
-    return REFERENCES[real_id]
+    return TABLES[table][real_id]
 
 
-def normalized_score(real_id: str, returns: Any) -> Any:
-    """Return ``100 (return - random) / (expert - random)`` for one return or an array of them.
+def normalized_score(real_id: str, returns: Any, table: str = "gymnasium") -> Any:
+    """Return ``100 (return - random) / (expert - random)`` for one return or an array of them, by one of the `TABLES`.
 
     Raises:
-        UnknownReference: no such task, or the table has no expert return for it.
+        UnknownReference: no such table or task, or the table has no expert return for it.
     """
-    entry = reference(real_id)
+    entry = reference(real_id, table)
     if entry.expert is None:
         raise UnknownReference(f"'{real_id}' has no expert return to normalise by ({entry.source}); report raw returns")
     score = 100.0 * (np.asarray(returns, float) - entry.random) / (entry.expert - entry.random)

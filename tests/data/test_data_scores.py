@@ -41,6 +41,20 @@ def test_score_is_0_for_random_and_100_for_the_expert():
     np.testing.assert_allclose(middle, [0.0, 50.0], atol=1e-12)
 
 
+def test_a_score_goes_with_its_table():
+    """Hopper's NeoRL references differ from D4RL's; NeoRL-2's tasks have names of their own."""
+    assert scores.normalized_score("Hopper-v5", [5.0, 3294.0], table="neorl").tolist() == [0.0, 100.0]
+    assert scores.normalized_score("Hopper-v5", 3294.0) > 101.0
+    assert scores.normalized_score("Pipeline", (751.0 - 296.0) / 2, table="neorl2") == 50.0
+    for entry in (entry for name in ("neorl", "neorl2") for entry in scores.TABLES[name].values()):
+        assert entry.expert > entry.random
+        assert "NeoRL" in entry.source
+    with pytest.raises(scores.UnknownReference, match="no reference returns for 'Ant-v5' in the table 'neorl'; there"):
+        scores.reference("Ant-v5", "neorl")
+    with pytest.raises(scores.UnknownReference, match="table must be one of gymnasium, neorl, neorl2, got 'atari'"):
+        scores.reference("Ant-v5", "atari")
+
+
 def test_what_is_not_in_the_table_is_an_error():
     with pytest.raises(
         scores.UnknownReference, match=r"no reference returns for 'Hopper-v2'; there are some for Ant-v5"
