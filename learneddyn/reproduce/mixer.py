@@ -163,8 +163,13 @@ CLAIM = Claim(
     measure=measure,
     findings=findings,
     draw=draw,
-    notes="Families must differ more than their members: with the pendulum's parameter from 4 to 12 (here 8 to 10), "
-    "slow pendulums went to the expert of Van der Pol and stayed there. With parameters from 6 to 10, 0.8 to 1.6 and "
-    "0.8 to 1.4 and a learning rate of 3e-3 (here 1e-2) the index was 0.94, and the mixture's error 1.2 times that of "
-    "one network: neither had converged. New environments begin at the closest known context.",
+    seeds=tuple(range(10)),
+    notes="The ratio of the errors differs much between seeds: on 0 to 2 alone it was 0.54 [0.29, 0.77]; hence ten. "
+    "The gate does not cost accuracy: on seed 10 (ratio 0.21) environments changed experts for the last time after 95 "
+    "of the 2,500 updates, and experts that were told the families from the start did no better (MSE 7.1e-5, against "
+    "3.7e-5 with the gate); the error is what training leaves. On seed 11 two environments left their expert for 20 "
+    "updates after 860. Families must differ more than their members: with the pendulum's parameter from 4 to 12 (here "
+    "8 to 10), slow pendulums went to the expert of Van der Pol and stayed there. With parameters from 6 to 10, 0.8 to "
+    "1.6 and 0.8 to 1.4 and a learning rate of 3e-3 (here 1e-2) the index was 0.94, and the mixture's error 1.2 times "
+    "that of one network: neither had converged. New environments begin at the closest known context.",
 )
