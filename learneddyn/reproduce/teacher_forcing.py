@@ -37,8 +37,8 @@ LOG = (20, 1000)
 """Orbits to learn from, and their steps."""
 ORBITS, LENGTH = 40, 1200
 """Orbits to compare, and their steps, of which the first 200 count for forecasts only."""
-PLAYED = 100
-"""Episodes of the pendulum to learn from, and as many to test on."""
+PLAYED, TESTED = 400, 200
+"""Episodes of the pendulum to learn from, and to test on."""
 
 
 def measure(seed: int, home: Path, notify: Notify) -> Json:
@@ -84,7 +84,8 @@ def pendulum(seed: int, notify: Notify) -> Json:
     truth = TruthDynamics("Pendulum-v1", threads=1)
     assert truth.spaces is not None
     log, test = (
-        _played(truth, episodes, first) for episodes, first in ((PLAYED, 10_000 * seed), (PLAYED, 5_000_000 + seed))
+        _played(truth, episodes, first)
+        for episodes, first in ((PLAYED, 10_000 * seed), (TESTED, 5_000_000 + 10_000 * seed))
     )
     truth.close()
     scale = log[0][:, :-1].reshape(-1, 3).std(axis=0)
@@ -223,11 +224,15 @@ CLAIM = Claim(
     "alone does not.",
     setting="Clipped shallow PLRNN of 3 units and 100 hidden ones, windows of 50 steps, 4000 updates (the paper's own "
     "runs take 250 000), Lorenz-63 sampled at 0.01 without noise: 20 orbits of 1000 steps to learn from, 40 of 1000 to "
-    "compare. Pendulum-v1 under a wandering torque, 10 000 steps, windows of 30: this half is ours.",
+    "compare. Pendulum-v1 under a wandering torque, 40 000 steps, windows of 30: this half is ours.",
     measure=measure,
     findings=findings,
     draw=draw,
     table=table,
     notes="Forecasts of the pendulum start from clean observations. The weights with the best free run on held-out "
-    "orbits are kept in all variants.",
+    "orbits are kept in all variants, in one-step training too. A first run on 100 episodes, tested on 100 that the "
+    "seeds shared in part, had 0.85 [0.71, 0.92] for the noisy 25-step error, and 0.90 [0.65, 1.05] for the clean "
+    "10-step error, where 0.8 and 1 are wanted. On 400 episodes the noisy errors at 25 steps were 0.49 of one-step and "
+    "0.34 of forced training on seed 10 (0.32 at strength 0.05, which loses at 10 steps), 0.36 and 0.38 on seed 11: "
+    "what forcing cuts depends on the seed.",
 )

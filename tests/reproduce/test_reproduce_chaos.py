@@ -30,11 +30,13 @@ def short(monkeypatch):
         (teacher_forcing, "UPDATES", 5),
         (teacher_forcing, "PENDULUM_UPDATES", 5),
         (teacher_forcing, "PLAYED", 4),
+        (teacher_forcing, "TESTED", 3),
         (al_rnn, "RUNS", {name: (relus, 5) for name, (relus, _) in al_rnn.RUNS.items()}),
         (neural_ode, "UPDATES", 3),
         (neural_ode, "CAUSAL_UPDATES", 2),
         (neural_ode, "TRAJECTORY", 8),
         (neural_ode, "STEPS", 3),
+        (neural_ode, "WINDOW", 2),
     ):
         monkeypatch.setattr(experiment, name, value)
 
