@@ -47,7 +47,9 @@ from learneddyn.evaluation.render import side_by_side
 from learneddyn.files import replace_file, write_file
 from learneddyn.models import AbstractDynamics, AbstractModel, ProbabilisticEnsemble
 from learneddyn.offline import objectives
+from learneddyn.offline.dataset import bounds
 from learneddyn.offline.dataset import check as check_log
+from learneddyn.offline.ss_orl import unlabelled
 from learneddyn.planners import AbstractPlanner
 from learneddyn.runs import (
     Notify,
@@ -752,7 +754,8 @@ def offline(
     dataset = _ids(dataset)
     real_id = env_id or _env_of(dataset)
     _check_judge(real_id)
-    _known_task(kind, real_id, kwargs)
+    # Data that cannot be learned from must not cost a process, nor a fit: this learner is checked and no more.
+    _offline_agent(kind, _log_to_check(dataset, label_actions), real_id, model, kwargs, "cpu", chosen[0])
     settings = {
         "agent": kind.__name__,
         "dataset": dataset,
@@ -1193,6 +1196,16 @@ def _env_of(dataset: list[str]) -> str:
     if spec is None:
         raise ValueError(f"data set {dataset[0]!r} names no environment: pass --env_id, the judge")
     return spec.id
+
+
+def _log_to_check(dataset: list[str], label_actions: bool) -> Transitions:
+    """Return the log; actions that will be filled in are in the middle of their box."""
+    if not label_actions:
+        return load(dataset)
+    rows = load_action_free(dataset)
+    assert rows.spaces is not None
+    low, high = bounds(rows.spaces.action, rows.device)
+    return replace(rows, action=rows.action.where(~unlabelled(rows)[:, None], (low + high) / 2))
 
 
 def _offline_data(dataset: list[str], label_actions: bool, seed: int, home: Path) -> Transitions:

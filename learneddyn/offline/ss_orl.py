@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from learneddyn.core import DataError, Transitions
@@ -49,16 +49,26 @@ def semi_supervised(data: Data, *, rng: torch.Generator, model: InverseDynamics 
         ValueError: the model was fitted on other spaces, or the actions are no bounded Box.
     """
     rows = data if isinstance(data, Transitions) else load_action_free(data)
-    name = f"data set {rows.source!r}" if rows.source else "the data"
-    known = rows.labelled()
-    if bool(known.all()):
-        raise DataError(f"every row of {name} holds an action: there is nothing to label, learn from it as it is")
+    known = ~unlabelled(rows)
     model = InverseDynamics() if model is None else model
     report = model.fit(rows, rng=rng) if model.spaces is None else None
     belief = model.predict(rows)
     action = torch.where(known[:, None], rows.action, belief.mean.to(rows.device))
     std = belief.std.to(rows.device) * ~known[:, None]
     return ProxyLabelled(replace(rows, action=action), std, model, report)
+
+
+def unlabelled(data: Transitions) -> Bool[Tensor, " n"]:
+    """Return which rows hold no action.
+
+    Raises:
+        DataError: each holds one.
+    """
+    known = data.labelled()
+    if bool(known.all()):
+        name = f"data set {data.source!r}" if data.source else "the data"
+        raise DataError(f"every row of {name} holds an action: there is nothing to label, learn from it as it is")
+    return ~known
 
 
 def hide_actions(data: Transitions, *, rng: torch.Generator, share: float = 0.1, below: float = 0.5) -> Transitions:

@@ -1,11 +1,13 @@
 """Runs of offline learners: a killed one ends as if nothing had happened; the protocol decides what is reported."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,11 @@ def one_thread():
 @pytest.fixture(scope="module")
 def log() -> Transitions:
     return collect("Pendulum-v1", steps=500, lanes=2, seed=3, progress=False)
+
+
+@pytest.fixture(scope="module")
+def pole() -> Transitions:
+    return collect("InvertedPendulum-v5", steps=100, lanes=2, seed=3, progress=False)
 
 
 def iql(data):
@@ -241,6 +248,43 @@ def test_mistakes_are_named(home, capsys, words, message):
         main(["offline", "--dataset", "pendulum/random-v0", *words])
     assert stopped.value.code == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("agent", ["iql", "mopo"])
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(
+    ("log_of", "message"),
+    [
+        ("one episode", "is one episode of 40 rows"),
+        ("equal rewards", "all 400 rewards of data set 'bad/log-v0' equal"),
+        ("NaN", "rows hold NaN or infinity in 'obs', the first is row 3"),
+        ("no flags", "flags no termination, but "),
+    ],
+)
+def test_a_log_that_cannot_be_learned_from_costs_nothing(
+    home, capsys, log, pole, monkeypatch, log_of, message, agent, labelled
+):
+    monkeypatch.setattr(ProbabilisticEnsemble, "fit", lambda *_, **__: pytest.fail("a model was fitted first"))
+    monkeypatch.setattr(InverseDynamics, "fit", lambda *_, **__: pytest.fail("actions were filled in first"))
+    rows = {
+        "one episode": log[:40],
+        "equal rewards": replace(log[:400], reward=torch.full((400,), -1.0)),
+        "NaN": log[:400],
+        "no flags": replace(pole, terminated=torch.zeros_like(pole.terminated)),
+    }[log_of]
+    if labelled:
+        rows = replace(rows, action=torch.cat((rows.action[:20], torch.full_like(rows.action[20:], torch.nan))))
+    saved = save(rows, "bad/log-v0", env_id="InvertedPendulum-v5" if log_of == "no flags" else "Pendulum-v1",
+                 action_free=labelled)  # fmt: skip
+    if log_of == "NaN":
+        with h5py.File(saved.storage.data_path / "main_data.hdf5", "a") as file:
+            file["episode_0/observations"][3] = np.nan
+    words = ["--dataset", "bad/log-v0", "--label_actions", str(labelled).lower()]
+    with pytest.raises(SystemExit) as stopped:
+        main(["offline", "--agent", agent, *words])
+    assert stopped.value.code == 1
+    assert message in capsys.readouterr().err
+    assert not (home / "runs").exists()
 
 
 def test_every_exported_learner_has_a_name():
