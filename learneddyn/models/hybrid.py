@@ -27,6 +27,9 @@ from learneddyn.spaces import Spaces
 _ROUNDING = 1e-30
 """Least variance of a weight, in units of the target: exact data leave none, and certainty is a quotient."""
 
+_RIDGE = 1e-3
+"""On the correlations of the MLP's inputs, so that redundant columns can be inverted."""
+
 
 def persistence(obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"]) -> Float[Tensor, "b o"]:
     """Return the observation as it was: the prior that knows nothing."""
@@ -42,7 +45,8 @@ class Hybrid(AbstractRegression):
     Terms that automatic relevance determination keeps, that are ``certainty`` standard deviations away from zero, and
     whose share of the increment exceeds ``keep`` of the largest, make the residual; `equations` prints it with error
     bars. With ``observation_noise`` the increments come from an ensemble Kalman filter. ``residual="neural"`` puts a
-    small zero-initialised MLP in place of the terms.
+    small zero-initialised MLP in place of the terms; far from the data, where only the prior knows anything, its
+    residual fades (``fade``, ours).
 
     Deviation: the source prunes by a threshold on the terms' precision alone. The evidence rises with every term that
     is more than one standard deviation away from zero, so that noise brings in about a third of the terms that are not
@@ -66,6 +70,8 @@ class Hybrid(AbstractRegression):
         hidden: widths of the MLP.
         epochs: of training it.
         learning_rate: of Adam.
+        fade: share of the training rows, ordered by the Mahalanobis distance of the MLP's inputs from their mean, up to
+            which the neural residual counts in full; beyond, it falls with the squared distance. None: never.
         learn_reward: add a linear reward head on the same terms (sparse) or an output of the MLP (neural).
         holdout_ratio: share of the rows that measure the noise.
 
@@ -90,6 +96,7 @@ class Hybrid(AbstractRegression):
         hidden: Sequence[int] = (64, 64),
         epochs: int = 50,
         learning_rate: float = 3e-3,
+        fade: float | None = 0.95,
         learn_reward: bool = False,
         holdout_ratio: float = 0.2,
     ) -> None:
@@ -100,6 +107,7 @@ class Hybrid(AbstractRegression):
             ("keep", 0 <= keep < 1, keep, "between 0 and 1"),
             ("certainty", certainty >= 0, certainty, "at least 0"),
             ("terms", terms is None or len(terms) > 0, terms, "None or at least one term"),
+            ("fade", fade is None or 0 < fade <= 1, fade, "None, or above 0 and at most 1"),
             ("holdout_ratio", 0 < holdout_ratio < 1, holdout_ratio, "between 0 and 1"),
         ):
             if not ok:
@@ -107,7 +115,7 @@ class Hybrid(AbstractRegression):
         self.prior, self.prior_arguments, self.dt = prior, prior_arguments or {}, dt
         self.angles, self.columns = list(angles), None if columns is None else list(columns)
         self.residual, self.terms, self.keep = residual, None if terms is None else list(terms), keep
-        self.certainty = certainty
+        self.certainty, self.fade = certainty, fade
         self.observation_noise, self.hidden = observation_noise, list(hidden)
         self.epochs, self.learning_rate = epochs, learning_rate
         self.learn_reward, self.holdout_ratio = learn_reward, holdout_ratio
@@ -139,6 +147,8 @@ class Hybrid(AbstractRegression):
         self.register_buffer("shift", torch.zeros(seen))
         self.register_buffer("scale", torch.ones(seen))
         self.register_buffer("output_scale", torch.ones(outputs))
+        self.register_buffer("precision", torch.eye(seen))
+        self.register_buffer("border", torch.ones(()))
 
     def equations(self, digits: int = 4) -> list[str]:
         """Return the residual of every free column, and of the reward, as text: coefficient +- standard deviation.
@@ -177,7 +187,18 @@ class Hybrid(AbstractRegression):
         """Return the residual of the free columns, then the reward."""
         if self.residual == "sparse":
             return evaluate_terms(self._candidates, midway, action) @ self.coefficients
-        return self.network((self._inputs(midway, action) - self.shift) / self.scale) * self.output_scale
+        x = (self._inputs(midway, action) - self.shift) / self.scale
+        found = self.network(x) * self.output_scale
+        if self.fade is None:
+            return found
+        # A reward is no correction of a prior's: it does not fade.
+        full = torch.ones_like(found[:, len(self._free) :])
+        near = (self.border / torch.maximum(self._distance(x), self.border))[:, None]
+        return found * torch.cat([near.expand(-1, len(self._free)), full], dim=1)
+
+    def _distance(self, x: Float[Tensor, "b i"]) -> Float[Tensor, " b"]:
+        """Return the squared Mahalanobis distance of standardised inputs from the mean of the training rows."""
+        return ((x @ self.precision) * x).sum(dim=1)
 
     def _every(self, obs: Float[Tensor, "b o"], action: Float[Tensor, "b a"], memory: Tensor | None) -> Answer:
         before = mean = self._prior(obs, action, **self.prior_arguments)
@@ -265,6 +286,10 @@ class Hybrid(AbstractRegression):
             nn.init.zeros_(layer.bias)
         nn.init.zeros_(layers[-1].weight)
         x, y = (inputs - self.shift) / self.scale, target / self.output_scale
+        if self.fade is not None:
+            ridge = _RIDGE * torch.eye(x.shape[1], device=x.device)
+            self.precision.copy_(torch.linalg.inv(x.T @ x / len(x) + ridge))
+            self.border.copy_(self._distance(x).quantile(self.fade).clamp_min(_RIDGE))
         optimizer = torch.optim.Adam(self.network.parameters(), self.learning_rate)
         history: list[dict[str, float]] = []
         for epoch in tqdm(range(self.epochs), desc="residual", disable=not progress):
@@ -285,6 +310,8 @@ class Hybrid(AbstractRegression):
     shift: Tensor
     scale: Tensor
     output_scale: Tensor
+    precision: Tensor
+    border: Tensor
 
 
 def dotted(argument: str, path: str) -> Callable[..., Tensor]:

@@ -78,6 +78,30 @@ def test_a_neural_residual_starts_at_the_prior_and_improves_on_it():
         model.equations()
 
 
+def test_far_from_the_data_a_neural_residual_fades_and_its_reward_does_not():
+    """Inside the border nothing changes, beyond it the correction falls with the square, far away the prior is left."""
+    data = pairs(300, 0.1, 0.0, 0)
+    prior = PRIOR | {"prior_arguments": {"dt": 0.1}, "dt": 0.1, "residual": "neural", "epochs": 3, "hidden": [8]}
+    fading, plain = (Hybrid(**prior, learn_reward=True, fade=fade) for fade in (0.9, None))
+    for model in (fading, plain):
+        model.fit(data, rng=generator(0))
+    assert fading.spaces is not None
+    midway, action = fading._midway(data.obs, data.next_obs), data.action
+    share = fading._answered(midway, action) / plain._answered(midway, action)
+    untouched = (share[:, 0] == 1).float().mean()
+    assert 0.85 < untouched < 0.95
+    out = torch.tensor([30.0, 100.0])
+    away, still = out[:, None] * torch.tensor([1.0, 0.5]), torch.zeros(2, 1)
+    share = fading._answered(away, still) / plain._answered(away, still)
+    assert float(share[1, 0] / share[0, 0]) == pytest.approx(0.09, rel=0.05)
+    assert (share[:, 0] < 0.05).all()
+    assert torch.equal(share[:, 1], torch.ones(2))
+    mean = fading.shift[None].clone().requires_grad_()
+    fading._answered(mean[:, :2], mean[:, 2:]).sum().backward()
+    assert mean.grad is not None
+    assert mean.grad.isfinite().all()
+
+
 def test_increments_are_corrected_for_the_gain():
     """A model that lacks a constant drift: the corrected increments average to the drift, the raw ones to half."""
     rng, drift, noise = generator(0), torch.tensor([0.3, -0.2]), torch.tensor([0.1, 0.1])
@@ -157,6 +181,8 @@ def test_terms_read_as_written():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="certainty must be at least 0, got -1"):
         Hybrid(certainty=-1.0)
+    with pytest.raises(ValueError, match="fade must be None, or above 0 and at most 1, got 0"):
+        Hybrid(fade=0.0)
     with pytest.raises(ValueError, match="dotted path"):
         Hybrid(prior="nowhere.to.be_found")
     with pytest.raises(ValueError, match="columns must name"):
