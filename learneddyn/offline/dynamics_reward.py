@@ -22,6 +22,10 @@ steps worse than the generator's look alike, and a snapshot with X <= L (there i
 same range and the same middle, and keeps the order. Changes of the state are scaled by their own deviation, not by the
 state's range; X and L are means of 4096 rows each, not of one batch. And T may span several games, each of a 𝒟 and a P
 of its own: far from the log one 𝒟 extrapolates by chance.
+
+``scaling="deviation"`` is ours too. Scaled by their range, states and actions of a controlled system crowd around its
+set point: what little tells there the effect of the action from that of the state is then a hundredth of a unit wide,
+𝒟 learns it last or never, and far from the log its peak leaves the truth to one side, in every game alike.
 """
 
 import math
@@ -43,7 +47,7 @@ from learneddyn.offline.base import descend
 from learneddyn.spaces import Spaces
 
 SCALE = 0.8, 1.0
-"""Ranges that observations and actions of the log are scaled to, plus and minus."""
+"""Ranges that observations and actions of the log are scaled to, plus and minus, where ``scaling="range"``."""
 LOG_STD = (-5.0, 1.0)
 """Bounds of the generator's log standard deviation, in scaled units."""
 LEAST_GAP = 1e-6  # between the mean logits of logged and generated steps, below which a snapshot knows nothing
@@ -78,6 +82,8 @@ class DynamicsReward(AbstractModel):
         entropy_learning_rate: of the logarithm of its weight c, which starts at 0.001.
         spread: w.
         calibration: "mean" of the logits, as above, or "clip", as in the published code.
+        scaling: of observations and actions: by the log's "range", as in the published code, or by its "deviation",
+            to mean 0 and standard deviation 1.
 
     Raises:
         ValueError: an argument outside its range (names it, the value, what is allowed).
@@ -102,6 +108,7 @@ class DynamicsReward(AbstractModel):
         entropy_learning_rate: float = 1e-2,
         spread: float = 0.1,
         calibration: str = "mean",
+        scaling: str = "range",
     ) -> None:
         super().__init__()
         for name, ok, value, allowed in (
@@ -114,6 +121,7 @@ class DynamicsReward(AbstractModel):
             ("batch_size", batch_size >= 1, batch_size, "at least 1"),
             ("spread", spread >= 0, spread, "at least 0"),
             ("calibration", calibration in ("mean", "clip"), calibration, "'mean' or 'clip'"),
+            ("scaling", scaling in ("range", "deviation"), scaling, "'range' or 'deviation'"),
             ("entropy", 0 < entropy < math.log(2), entropy, "between 0 and log 2"),
         ):
             if not ok:
@@ -122,7 +130,7 @@ class DynamicsReward(AbstractModel):
         self.warm_up, self.batch_size = warm_up, batch_size
         self.hidden, self.generator_hidden = list(hidden), list(generator_hidden)
         self.learning_rate, self.entropy, self.entropy_learning_rate = learning_rate, entropy, entropy_learning_rate
-        self.spread, self.calibration = spread, calibration
+        self.spread, self.calibration, self.scaling = spread, calibration, scaling
 
     def _build(self, spaces: Spaces) -> None:
         columns = 2 * spaces.obs_dim + spaces.action_dim
@@ -220,9 +228,13 @@ class DynamicsReward(AbstractModel):
         magnitude = seen.abs().amax(0)
         shifts, factors = [], []
         for rows, size, reach in ((seen, magnitude, SCALE[0]), (data.action.double(), None, SCALE[1])):
-            low, high = rows.amin(0), rows.amax(0)
-            shifts.append((low + high) / 2)
-            factors.append(torch.where(_varies(rows, size), 2 * reach / (high - low), 0.0))
+            if self.scaling == "deviation":
+                centre, factor = rows.mean(0), 1 / rows.std(0, correction=0)
+            else:
+                low, high = rows.amin(0), rows.amax(0)
+                centre, factor = (low + high) / 2, 2 * reach / (high - low)
+            shifts.append(centre)
+            factors.append(torch.where(_varies(rows, size), factor, 0.0))
         shifts.append(change.mean(0))
         moving = _varies(change, magnitude)
         if not bool(moving.any()):

@@ -213,6 +213,24 @@ def test_units_do_not_matter(log):
     torch.testing.assert_close(judged(one, log), judged(two, other), rtol=0, atol=2e-2)
 
 
+def test_scales_of_state_and_action(log):
+    """Over both ends of all steps: to the published ranges, or to mean 0 and deviation 1."""
+    seen = torch.cat((log.obs, log.next_obs))
+    for scaling in ("range", "deviation"):
+        reward = DynamicsReward(**QUICK, scaling=scaling)
+        reward.fit(log, rng=generator(0))
+        starts, ends = (reward._features(obs, log.action, obs) for obs in (log.obs, log.next_obs))
+        found = torch.cat((starts, ends))
+        if scaling == "range":
+            wanted = torch.tensor([0.8] * seen.shape[1] + [1.0] * log.action.shape[1])
+            places = (found.amax(0), -found.amin(0))
+        else:
+            wanted = torch.ones(seen.shape[1] + log.action.shape[1])
+            places = (found.std(0, correction=0), found.mean(0) + 1)
+        for place in places:
+            torch.testing.assert_close(place[: len(wanted)], wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_columns_that_never_change(log):
     """A constant sensor and a clock divide by nothing, and what they show later changes nothing."""
     clock = torch.arange(len(log), dtype=torch.float32)
@@ -303,6 +321,7 @@ def test_training_that_diverges_keeps_what_was_learned(log):
         ({"snapshots": 0}, "snapshots must be at least 1, got 0"),
         ({"updates": 2}, "updates must be at least snapshots = 3, got 2"),
         ({"calibration": "raw"}, "calibration must be 'mean' or 'clip', got 'raw'"),
+        ({"scaling": "raw"}, "scaling must be 'range' or 'deviation', got 'raw'"),
         ({"entropy": 0.7}, "entropy must be between 0 and log 2, got 0.7"),
         ({"hidden": (0,)}, "hidden must be positive widths"),
     ],
