@@ -54,7 +54,7 @@ def test_morec_runs_in_small(monkeypatch, tmp_path):
         monkeypatch.setattr(morec, name, value)
     figures = morec.measure(0, tmp_path, silent)
     assert json.loads(json.dumps(figures)) == figures
-    assert len(figures["error"]) == 20
+    assert len(figures["error"]) == 24
     assert all(math.isfinite(value) and value > 0 for value in figures["error"].values())
     assert morec.findings({0: figures, 1: figures})
     assert isinstance(morec.draw({0: figures}), Figure)
@@ -62,13 +62,25 @@ def test_morec_runs_in_small(monkeypatch, tmp_path):
 
 def test_morec_is_judged_on_every_seed():
     errors = {"random elite": 1.0, "softmax": 0.6, "argmax": 0.2}
-    errors |= {"argmax, last only": 0.5, "argmax, clipped": 3.0}
+    errors |= {"argmax, last only": 0.5, "argmax, clipped": 3.0, "perfect reward": 0.1}
     entry = {"error": {f"{policy}, {name}": value for policy in morec.POLICIES for name, value in errors.items()}}
+    entry["curve"] = {"-5.0": (-((morec.OFFSETS + 0.2) ** 2)).tolist()}
     figures = {seed: copy.deepcopy(entry) for seed in range(3)}
     assert verdicts(morec.findings(figures)) == [True] * 4
     figures[1]["error"]["off, softmax"] = 1.3
     figures[2]["error"]["full cooling, argmax"] = 0.7
-    assert verdicts(morec.findings(figures)) == [False, True, False, False]
+    found = morec.findings(figures)
+    assert verdicts(found) == [False, True, False, False]
+    told = {finding.what: finding.measured.value for finding in found}
+    assert told["full cooling: error of a perfect reward's argmax / random elite"] == pytest.approx(0.1)
+    assert told["r^D's peak less the truth, full cooling at -5 °C"] == pytest.approx(-0.2)
+
+
+def test_a_perfect_reward_chooses_the_nearest_step():
+    temperature, power = torch.tensor([[3.0], [9.0], [-4.0]]), torch.tensor([[0.0], [1.0], [0.3]])
+    true = morec.after(temperature, power)
+    offset = torch.tensor([0.2, -0.1, 0.5])
+    assert torch.allclose(morec.nearness(temperature, power, true + offset[:, None]), -offset.abs(), atol=1e-5)
 
 
 def test_penalties_run_in_small(monkeypatch, tmp_path):
