@@ -160,7 +160,8 @@ class OfflineSAC(OfflineAlgorithm):
 def diversity_loss(slopes: Float[Tensor, "n b a"]) -> Float[Tensor, ""]:
     """Return ``mean_b 1/(n-1) Σ_{i≠j} cos(g_i, g_j)`` of the critics' action gradients g.
 
-    With unit vectors u_i, ``Σ_{i≠j} u_i·u_j = |Σ_i u_i|² - Σ_i |u_i|²``: linear in n, not quadratic.
+    With unit vectors u_i, ``Σ_{i≠j} u_i·u_j = |Σ_i u_i|² - Σ_i |u_i|²``: linear in n, not quadratic. Where actions have
+    one column, every u_i is 1 or -1 and no step of a critic changes it: the loss then teaches nothing.
     """
     unit = slopes / (slopes.norm(dim=2, keepdim=True) + 1e-10)
     pairs = unit.sum(0).square().sum(1) - unit.square().sum((0, 2))
