@@ -14,11 +14,14 @@ from dataclasses import asdict, replace
 from functools import cache, partial
 from importlib import import_module
 from importlib.resources import files
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
 import jsonargparse
+import numpy as np
+import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -45,7 +48,7 @@ from learneddyn.envs import check_settings, first_observations, load_world, save
 from learneddyn.evaluation import Round
 from learneddyn.evaluation.render import side_by_side
 from learneddyn.files import replace_file, write_file
-from learneddyn.models import AbstractDynamics, AbstractModel, ProbabilisticEnsemble
+from learneddyn.models import AbstractDynamics, AbstractModel, InverseDynamics, ProbabilisticEnsemble
 from learneddyn.offline import objectives
 from learneddyn.offline.dataset import bounds
 from learneddyn.offline.dataset import check as check_log
@@ -327,8 +330,6 @@ def fit(
     if data.spaces is not None and _registered(env_id):
         check_real_spaces(env_id, data.spaces, f"the data {data.source!r}")
     if max_rows is not None and max_rows < len(data):
-        import torch
-
         data = data[torch.randperm(len(data), generator=rng, device=device)[:max_rows].sort().values]
     model = _default_model(env_id) if model is None else model
     report = model.to(device).fit(data, rng=rng, progress=progress)
@@ -712,7 +713,7 @@ def offline(
     updates: int = 1_000_000,
     model: AbstractDynamics | None = None,
     agent_kwargs: dict[str, Any] | None = None,
-    label_actions: bool = False,
+    label_actions: bool | InverseDynamics = False,
     env_kwargs: dict[str, Any] | None = None,
     protocol: Protocol = "last",
     judge_every: int = 10_000,
@@ -735,7 +736,8 @@ def offline(
         updates: gradient updates in all.
         model: class path and arguments of the dynamics model, for learners that have one.
         agent_kwargs: for the learner's constructor; {class: ..., config: {...}} makes an object of a class.
-        label_actions: fill in actions that the data lack by inverse dynamics first (SS-ORL).
+        label_actions: fill in actions that the data lack by inverse dynamics first (SS-ORL); true, or class path and
+            arguments: {class_path: InverseDynamics, init_args: {past: 3}}.
         env_kwargs: arguments of the environment.
         protocol: last reports the last policy; best reports the checkpoint that the real environment likes best.
         judge_every: updates between two judgements; each leaves a checkpoint.
@@ -764,7 +766,7 @@ def offline(
         "updates": updates,
         "model": None if model is None else described(model),
         "agent_kwargs": kwargs,
-        "label_actions": label_actions,
+        "label_actions": _told_labels(label_actions),
         "protocol": protocol,
         "judge_every": judge_every,
         "episodes": episodes,
@@ -778,7 +780,7 @@ def offline(
                    asked | {"protocol": protocol, "env_kwargs": env_kwargs})  # fmt: skip
     outcomes = for_each_seed(work, chosen, workers=workers, progress=progress)
     title = f"{kind.__name__} on {', '.join(dataset)}"
-    notes = _weight_notes(kind, kwargs) + _label_notes(folder.path, chosen)
+    notes = _weight_notes(kind, kwargs) + _label_notes([folder.path / f"seed-{number}" for number in chosen])
     path = write_offline_report(folder.path, title, real_id, outcomes, settings, notes)
     table = Table(title=f"{title}: {fresh_episodes} real episodes of the {protocol} policy")
     for column in ("seed", "return", "at update", "last ten judgements"):
@@ -801,6 +803,8 @@ def sweep(
     updates: int = 100_000,
     model: AbstractDynamics | None = None,
     agent_kwargs: dict[str, Any] | None = None,
+    label_actions: bool | InverseDynamics = False,
+    env_kwargs: dict[str, Any] | None = None,
     save_every: int = 10_000,
     seeds: list[int] | None = None,
     seed: int = 0,
@@ -828,6 +832,8 @@ def sweep(
         updates: gradient updates of a trial.
         model: class path and arguments of the dynamics model; return_in_model judges by another of the same kind.
         agent_kwargs: for the learner's constructor, where the space does not say otherwise.
+        label_actions: see ``learneddyn offline``; all trials learn from the same labels.
+        env_kwargs: arguments of the environment, where it is the objective, and of best.yaml's.
         save_every: updates between checkpoints.
         seeds: every trial is the mean over these seeds.
         seed: the only one, where seeds is not given; of the sampler, too.
@@ -848,32 +854,39 @@ def sweep(
         "agent": kind.__name__,
         "dataset": dataset,
         "env_id": real_id,
+        "env_kwargs": env_kwargs,
         "updates": updates,
         "model": None if model is None else described(model),
         "agent_kwargs": kwargs,
+        "label_actions": _told_labels(label_actions),
     }
     _check_objective(kind, objective, real_id)
     _check_trials(kind, base, space or {}, save_every, chosen)
-    log, _ = objectives.split_log(load(dataset, device=device))
+    log, _ = objectives.split_log(_log_to_check(dataset, label_actions))
     check_log(log, _known_task(kind, real_id, kwargs).get("task"), rewards=kind.from_rewards)
     settings = base | {"space": space, "objective": objective, "sampler": sampler, "seeds": chosen}
     folder = RunFolder(out, settings, resume=resume)
     judge = folder.path.resolve() / "judge"  # Ray's workers stand elsewhere
+    if label_actions is not False:
+        _offline_data(dataset, label_actions, chosen[0], folder.path)  # once, for the judge and for all trials
     if objective == "return_in_model" and not judge.exists():
         model = _default_model(real_id) if model is None else model
         fitted = type(model)(**model.config())
-        fitted.to(device).fit(load(dataset, device=device), rng=generator(seed + 1, device), progress=progress)
+        log = _offline_data(dataset, label_actions, chosen[0], folder.path, device)
+        fitted.to(device).fit(log, rng=generator(seed + 1, device), progress=progress)
         fitted.save(judge)
     play = partial(_sweep_trial, base, objective, chosen, save_every, device, judge)
     common: dict[str, Any] = {"trials": trials, "sampler": sampler, "workers": workers, "seed": seed}
     ended = run_sweep(space or {}, play, folder.path, ray=ray, progress=progress, **common)
     told_by = "the real environment chose: no result of learning offline" if objective == "real" else "no simulator"
     notes = [f"Maximised: {objective} ({told_by}), mean over the seeds {chosen}, after {updates} updates."]
-    path = write_summary(folder.path, f"{kind.__name__} on {', '.join(dataset)}", notes)
+    path = write_summary(folder.path, f"{kind.__name__} on {', '.join(dataset)}", notes + _label_notes([folder.path]))
     if valued := [trial for trial in ended if trial.value is not None]:
         best = max(valued, key=lambda trial: trial.value or 0.0)
         plan = planned(base, best.settings)
-        plan["model"] = plan["model"] and {"class_path": plan["model"]["class"], "init_args": plan["model"]["config"]}
+        for name in ("model", "label_actions"):
+            if isinstance(plan[name], dict):
+                plan[name] = {"class_path": plan[name]["class"], "init_args": plan[name]["config"]}
         write_file(folder.path / "best.yaml", yaml.safe_dump(plan, sort_keys=False).encode())
         console.print(f"best: {best.value:.5g} in trial {best.number}, {best.settings}")
     console.print(str(path), soft_wrap=True)
@@ -1198,9 +1211,15 @@ def _env_of(dataset: list[str]) -> str:
     return spec.id
 
 
-def _log_to_check(dataset: list[str], label_actions: bool) -> Transitions:
+def _told_labels(label_actions: bool | InverseDynamics) -> Any:
+    """Return the setting as plain JSON."""
+    told = label_actions
+    return told if isinstance(told, bool) else {"class": "learneddyn.models.InverseDynamics", "config": told.config()}
+
+
+def _log_to_check(dataset: list[str], label_actions: bool | InverseDynamics) -> Transitions:
     """Return the log; actions that will be filled in are in the middle of their box."""
-    if not label_actions:
+    if label_actions is False:
         return load(dataset)
     rows = load_action_free(dataset)
     assert rows.spaces is not None
@@ -1208,28 +1227,39 @@ def _log_to_check(dataset: list[str], label_actions: bool) -> Transitions:
     return replace(rows, action=rows.action.where(~unlabelled(rows)[:, None], (low + high) / 2))
 
 
-def _offline_data(dataset: list[str], label_actions: bool, seed: int, home: Path) -> Transitions:
-    """Return the log of a seed; where actions were filled in, labels.json in its folder says how well."""
-    if not label_actions:
-        return load(dataset)
-    labelled = learners.semi_supervised(dataset, rng=generator(seed))
-    assert labelled.report is not None
-    filled = labelled.std.any(dim=1)
-    figures = {"rows": len(filled), "filled": int(filled.sum()), "std": float(labelled.std[filled].mean())}
-    home.mkdir(parents=True, exist_ok=True)
-    replace_file(home / "labels.json", json.dumps(figures | labelled.report.metrics).encode())
-    return labelled.data
+def _offline_data(
+    dataset: list[str], label_actions: bool | InverseDynamics, seed: int, home: Path, device: str = "cpu"
+) -> Transitions:
+    """Return the log of a seed.
+
+    Where actions were filled in, the folder keeps them in labels.npy, and labels.json says how well.
+    """
+    if label_actions is False:
+        return load(dataset, device=device)
+    rows, kept = load_action_free(dataset), home / "labels.npy"
+    if not kept.exists():
+        model = None if label_actions is True else InverseDynamics(**label_actions.config())
+        labelled = learners.semi_supervised(rows, rng=generator(seed), model=model)
+        assert labelled.report is not None
+        filled = labelled.std.any(dim=1)
+        figures = {"rows": len(filled), "filled": int(filled.sum()), "std": float(labelled.std[filled].mean())}
+        home.mkdir(parents=True, exist_ok=True)
+        replace_file(home / "labels.json", json.dumps(figures | labelled.report.metrics).encode())
+        with (content := BytesIO()):
+            np.save(content, labelled.data.action.numpy())
+            replace_file(kept, content.getvalue())
+    return replace(rows, action=torch.from_numpy(np.load(kept))).to(device)
 
 
-def _label_notes(folder: Path, seeds: Sequence[int]) -> list[str]:
-    """Say how well the actions of each seed were filled in, as far as the log can tell."""
-    found = {seed: folder / f"seed-{seed}" / "labels.json" for seed in seeds}
-    labels = {seed: json.loads(path.read_text()) for seed, path in found.items() if path.exists()}
+def _label_notes(folders: Sequence[Path]) -> list[str]:
+    """Say how well the actions were filled in that each folder keeps, as far as the log can tell."""
+    found = [folder / "labels.json" for folder in folders]
+    labels = {path.parent.name: json.loads(path.read_text()) for path in found if path.exists()}
     return [
-        f"Seed {seed}: inverse dynamics filled in the actions of {entry['filled']} of {entry['rows']} rows, with a "
+        f"{name}: inverse dynamics filled in the actions of {entry['filled']} of {entry['rows']} rows, with a "
         f"mean deviation of {entry['std']:.3g}; learned from {entry['train_rows']:.0f} rows that hold one, it explains "
         f"{entry['holdout_r2']:.3f} of the variance (R2) of the actions in {entry['holdout_rows']:.0f} others."
-        for seed, entry in labels.items()
+        for name, entry in labels.items()
     ]
 
 
@@ -1361,6 +1391,8 @@ def _check_objective(kind: type[learners.OfflineAlgorithm], name: str, real_id: 
     objectives.objective(name)
     if name == "model_error" and not issubclass(kind, learners.OfflineMBPO):
         raise ValueError(f"model_error judges agents with a model, {kind.__name__} has none: choose another objective")
+    if name == "fqe" and kind is learners.TrajectoryDiffuser:
+        raise ValueError(f"fqe judges single rows, {kind.__name__} remembers earlier ones: choose another objective")
     if name == "real":
         _check_judge(real_id)
     if name == "return_in_model":
@@ -1405,7 +1437,8 @@ def _sweep_trial(
 ) -> float:
     """Learn with every seed and return the mean of the objective; runs in a process of its own."""
     plan, kind, judged = planned(base, settings), _learner(base["agent"]), objectives.objective(objective)
-    log, held_out = objectives.split_log(load(base["dataset"], device=device))
+    data = _offline_data(base["dataset"], _instance(base["label_actions"]), seeds[0], judge.parent, device)
+    log, held_out = objectives.split_log(data)
     model, real_id, kwargs, values = _instance(plan["model"]), base["env_id"], plan["agent_kwargs"], []
     for seed in seeds:
         home = folder / f"seed-{seed}"
@@ -1415,7 +1448,7 @@ def _sweep_trial(
             again = partial(_offline_again, kind, lambda: log, real_id, kwargs, device)
             learned = train_offline(make, again, home, updates=plan["updates"], save_every=save_every)
             assert isinstance(learned, learners.OfflineAlgorithm)
-            worth = judged(objectives.Judgement(learned, log, held_out, judge, real_id, seed))
+            worth = judged(objectives.Judgement(learned, log, held_out, judge, real_id, seed, base["env_kwargs"]))
             replace_file(value, json.dumps(worth).encode())
         # The agent stays; what it imagined weighs a hundred times as much, and only going on would need it.
         (home / "checkpoint" / "imagined").unlink(missing_ok=True)

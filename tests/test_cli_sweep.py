@@ -1,6 +1,8 @@
 """The sweep command from one end to the other, in small: it picks settings without the simulator and resumes."""
 
 import json
+from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ import yaml
 
 from learneddyn import cli
 from learneddyn.cli import main, planned
-from learneddyn.data import collect
+from learneddyn.data import collect, save
+from learneddyn.models import InverseDynamics
 from learneddyn.offline import objectives
 
 TINY_MODEL = {"num_members": 2, "num_elites": 2, "hidden": [8], "max_epochs": 2}
@@ -123,6 +126,7 @@ def test_settings_are_put_where_they_belong():
         ({"objective": "luck"}, "objective must be one of"),
         ({"objective": "model_error", **FREE}, "model_error judges agents with a model, BC has none"),
         ({"objective": "real", "env_id": "Nowhere-v0", **FREE}, "Gymnasium knows no environment 'Nowhere-v0'"),
+        ({"objective": "fqe", **FREE, "agent": "TrajectoryDiffuser"}, "fqe judges single rows, TrajectoryDiffuser rem"),
         ({"env_id": "MountainCar-v0", **FREE}, "no task is known for environment 'MountainCar-v0'"),
         ({"space": {"agent_kwargs.horizon": {"low": 0, "high": 3}}}, "can have agent_kwargs.horizon = 0: horizon must"),
         ({"space": {"agent_kwargs.penalty": ["ensemble_std", "luck"]}}, "can have agent_kwargs.penalty = 'luck'"),
@@ -152,6 +156,35 @@ def test_mistakes_cost_no_fit(home, capsys, monkeypatch, changes, message):
     assert not (home / "sweep").exists()
 
 
+def test_trials_share_labels_and_the_environments_arguments(home, monkeypatch):
+    """The settings of the inverse dynamics and of the environment reach fit, judge and best.yaml."""
+    data = cli.load("pendulum/random-v0")
+    bare = replace(data, action=data.action.where((data.episode < 2)[:, None], torch.nan))
+    save(bare, "pendulum/bare-v0", env_id="Pendulum-v1", action_free=True)
+    fits, judged = [], []
+    fit = InverseDynamics.fit
+    monkeypatch.setattr(InverseDynamics, "fit", lambda self, *_, **kw: fits.append(self.past) or fit(self, *_, **kw))
+    monkeypatch.setattr(objectives, "evaluate", lambda *_, env_kwargs, **__: judged.append(env_kwargs) or Worth(1.0))
+    labels = {"class_path": "InverseDynamics", "init_args": {"past": 2, "hidden": [8], "updates": 2}}
+    asked = {"dataset": "pendulum/bare-v0", "label_actions": labels, "env_kwargs": {"g": 5.0}, "objective": "real"}
+    main(["sweep", "--config", config(home, **FREE | asked)])
+    assert fits == [2]
+    assert judged == [{"g": 5.0}] * 2
+    assert "filled in the actions of 600 of 1000 rows" in (home / "sweep" / "summary.md").read_text()
+    short = ["--judge_every", "10", "--episodes", "1", "--fresh_episodes", "1", "--progress", "false"]
+    main(["offline", "--config", "sweep/best.yaml", *short])
+    given = json.loads((home / "runs" / "offline" / "config.json").read_text())["config"]
+    assert given["env_kwargs"] == {"g": 5.0}
+    assert given["label_actions"]["config"]["past"] == 2
+    assert fits == [2, 2]
+
+
+class Worth(NamedTuple):
+    """What an environment says."""
+
+    mean: float
+
+
 def test_a_finished_trial_keeps_its_agent_and_forgets_what_it_imagined(home, monkeypatch):
     main(["sweep", "--config", config(home, trials=1, objective="model_error")])
     checkpoint = home / "sweep" / "trial-0" / "seed-0" / "checkpoint"
@@ -159,7 +192,8 @@ def test_a_finished_trial_keeps_its_agent_and_forgets_what_it_imagined(home, mon
     # Killed after the pool was deleted and before the study was told: nothing is learned again.
     monkeypatch.setattr(cli, "train_offline", lambda *_, **__: pytest.fail("this trial was played"))
     given = json.loads((home / "sweep" / "config.json").read_text())["config"]
-    base = {name: given[name] for name in ("agent", "dataset", "env_id", "updates", "model", "agent_kwargs")}
+    shared = ("agent", "dataset", "env_id", "env_kwargs", "updates", "model", "agent_kwargs", "label_actions")
+    base = {name: given[name] for name in shared}
     (trial,) = json.loads((home / "sweep" / "trials.json").read_text())
     again = cli._sweep_trial(
         base, "model_error", [0], 10, "cpu", home / "sweep" / "judge", trial["settings"], home / "sweep" / "trial-0"

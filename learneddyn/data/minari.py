@@ -244,8 +244,9 @@ def _load(dataset_id: str, max_episodes: int | None, actions: bool) -> Transitio
     missing = int((~data.labelled()).sum())
     if actions and missing:
         raise DataError(
-            f"data set '{dataset_id}' holds no action in {missing} of its {len(data)} steps: load it with "
-            "learneddyn.data.load_action_free, and label it with learneddyn.offline.semi_supervised"
+            f"data set '{dataset_id}' holds no action in {missing} of its {len(data)} steps: fill them in by "
+            "--label_actions true of learneddyn offline and sweep, in code by learneddyn.data.load_action_free and "
+            "learneddyn.offline.semi_supervised"
         )
     try:
         return data.check(actions=actions)

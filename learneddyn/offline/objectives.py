@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from learneddyn import tasks
-from learneddyn.core import DataError, Transitions, generator
+from learneddyn.core import DataError, Json, Transitions, generator
 from learneddyn.evaluation.returns import evaluate
 from learneddyn.models import AbstractDynamics
 from learneddyn.offline.base import OfflineAlgorithm
@@ -34,7 +34,8 @@ class Judgement(NamedTuple):
     """A learned policy and what it may be judged by.
 
     ``log`` is what it learned from, ``held_out`` are episodes that it did not see, ``judge`` the folder of a model that
-    was fitted on both for this purpose, ``env_id`` the real environment, ``seed`` that of the judgement.
+    was fitted on both for this purpose, ``env_id`` the real environment, ``seed`` that of the judgement, ``env_kwargs``
+    the environment's arguments.
     """
 
     agent: OfflineAlgorithm
@@ -43,6 +44,7 @@ class Judgement(NamedTuple):
     judge: Path
     env_id: str
     seed: int
+    env_kwargs: Json | None = None
 
     @property
     def everything(self) -> Transitions:
@@ -85,7 +87,8 @@ def by_model_error(judged: Judgement) -> float:
 
 def by_real(judged: Judgement) -> float:
     """Return the mean return of real episodes."""
-    return evaluate(judged.agent, judged.env_id, episodes=EPISODES, seed=judged.seed).mean
+    kwargs = judged.env_kwargs
+    return evaluate(judged.agent, judged.env_id, episodes=EPISODES, seed=judged.seed, env_kwargs=kwargs).mean
 
 
 OBJECTIVES: dict[str, Objective] = {
