@@ -715,6 +715,7 @@ def offline(
     agent_kwargs: dict[str, Any] | None = None,
     label_actions: bool | InverseDynamics = False,
     env_kwargs: dict[str, Any] | None = None,
+    judge: bool = True,
     protocol: Protocol = "last",
     judge_every: int = 10_000,
     episodes: int = 10,
@@ -726,12 +727,12 @@ def offline(
     resume: bool = False,
     progress: bool = True,
 ) -> None:
-    """Learn from Minari data sets alone, and judge the last policy in the real environment. Killed runs go on.
+    """Learn from Minari data sets alone; the real environment, if any, judges the last policy. Killed runs go on.
 
     Args:
         agent: an offline learner, see ``learneddyn list``; upper case and signs do not matter.
         dataset: one or several ids of Minari data sets.
-        env_id: Gymnasium id of the real environment, the judge; null takes what the data set names.
+        env_id: Gymnasium id of the real environment, the judge, or of a task; null takes what the data set names.
         out: run folder; report.md and curve.png show the result.
         updates: gradient updates in all.
         model: class path and arguments of the dynamics model, for learners that have one.
@@ -739,6 +740,7 @@ def offline(
         label_actions: fill in actions that the data lack by inverse dynamics first (SS-ORL); true, or class path and
             arguments: {class_path: InverseDynamics, init_args: {past: 3}}.
         env_kwargs: arguments of the environment.
+        judge: false where the plant has no simulator: policies are learned and saved, and nobody says what they earn.
         protocol: last reports the last policy; best reports the checkpoint that the real environment likes best.
         judge_every: updates between two judgements; each leaves a checkpoint.
         episodes: real episodes per judgement on the way.
@@ -751,11 +753,13 @@ def offline(
         progress: show progress.
     """
     kind, kwargs, chosen = _learner(agent), agent_kwargs or {}, seeds or [seed]
-    check_run(updates, judge_every, episodes, fresh_episodes, protocol)
+    check_run(updates, judge_every, episodes, fresh_episodes, protocol, judged=judge)
     _check_learner(kind, kwargs, model)
     dataset = _ids(dataset)
     real_id = env_id or _env_of(dataset)
-    _check_judge(real_id)
+    if judge:
+        _check_judge(real_id)
+    judging = real_id if judge else None
     # Data that cannot be learned from must not cost a process, nor a fit: this learner is checked and no more.
     _offline_agent(kind, _log_to_check(dataset, label_actions), real_id, model, kwargs, "cpu", chosen[0])
     settings = {
@@ -767,6 +771,7 @@ def offline(
         "model": None if model is None else described(model),
         "agent_kwargs": kwargs,
         "label_actions": _told_labels(label_actions),
+        "judge": judge,
         "protocol": protocol,
         "judge_every": judge_every,
         "episodes": episodes,
@@ -777,11 +782,14 @@ def offline(
     asked = {"updates": updates, "judge_every": judge_every, "episodes": episodes, "fresh_episodes": fresh_episodes}
     source = partial(_offline_data, dataset, label_actions)
     work = partial(_one_offline, kind, source, real_id, model, kwargs, device, folder.path,
-                   asked | {"protocol": protocol, "env_kwargs": env_kwargs})  # fmt: skip
+                   asked | {"env_id": judging, "protocol": protocol, "env_kwargs": env_kwargs})  # fmt: skip
     outcomes = for_each_seed(work, chosen, workers=workers, progress=progress)
     title = f"{kind.__name__} on {', '.join(dataset)}"
     notes = _weight_notes(kind, kwargs) + _label_notes([folder.path / f"seed-{number}" for number in chosen])
-    path = write_offline_report(folder.path, title, real_id, outcomes, settings, notes)
+    path = write_offline_report(folder.path, title, judging, outcomes, settings, notes)
+    if not judge:
+        console.print(f"nothing was judged: no environment; report: {path}", soft_wrap=True)
+        return
     table = Table(title=f"{title}: {fresh_episodes} real episodes of the {protocol} policy")
     for column in ("seed", "return", "at update", "last ten judgements"):
         table.add_column(column, justify="right")
@@ -869,7 +877,7 @@ def sweep(
     judge = folder.path.resolve() / "judge"  # Ray's workers stand elsewhere
     if label_actions is not False:
         _offline_data(dataset, label_actions, chosen[0], folder.path)  # once, for the judge and for all trials
-    if objective == "return_in_model" and not judge.exists():
+    if objective == "return_in_model" and real_id is not None and not judge.exists():
         model = _default_model(real_id) if model is None else model
         fitted = type(model)(**model.config())
         log = _offline_data(dataset, label_actions, chosen[0], folder.path, device)
@@ -884,6 +892,7 @@ def sweep(
     if valued := [trial for trial in ended if trial.value is not None]:
         best = max(valued, key=lambda trial: trial.value or 0.0)
         plan = planned(base, best.settings)
+        plan["judge"] = real_id is not None and _registered(real_id)
         for name in ("model", "label_actions"):
             if isinstance(plan[name], dict):
                 plan[name] = {"class_path": plan[name]["class"], "init_args": plan[name]["config"]}
@@ -1200,15 +1209,13 @@ def _ids(dataset: list[str] | str | None) -> list[str]:
     return [dataset] if isinstance(dataset, str) else dataset
 
 
-def _env_of(dataset: list[str]) -> str:
-    """Return the id of the environment that the first data set was collected in."""
+def _env_of(dataset: list[str]) -> str | None:
+    """Return the id of the environment that the first data set was collected in, if it names one."""
     import minari
 
     load_action_free(dataset[:1], max_episodes=1)  # fetches it, or says why it cannot be had
     spec = minari.load_dataset(dataset[0]).env_spec
-    if spec is None:
-        raise ValueError(f"data set {dataset[0]!r} names no environment: pass --env_id, the judge")
-    return spec.id
+    return None if spec is None else spec.id
 
 
 def _told_labels(label_actions: bool | InverseDynamics) -> Any:
@@ -1263,17 +1270,22 @@ def _label_notes(folders: Sequence[Path]) -> list[str]:
     ]
 
 
-def _check_judge(real_id: str) -> None:
+def _check_judge(real_id: str | None) -> None:
     """Refuse an environment that cannot judge, before anything is learned."""
+    if real_id is None:
+        raise ValueError(
+            "the data set names no environment: pass --env_id, the judge, or, where the plant has no simulator, "
+            "--judge false to learn without one"
+        )
     if not _registered(real_id):
         raise ValueError(
             f"Gymnasium knows no environment {real_id!r}, the judge: pass --env_id, as module:Id-v0 if a module of "
-            "yours registers it"
+            "yours registers it, or --judge false where the plant has no simulator"
         )
 
 
-def _known_task(kind: type[learners.OfflineAlgorithm], real_id: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the task of a learner: the one in its arguments, or the environment's.
+def _known_task(kind: type[learners.OfflineAlgorithm], real_id: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the task of a learner: the one in its arguments, or the environment's, if there is one.
 
     Learners without a model use it only to check the log, and do without one.
 
@@ -1283,6 +1295,8 @@ def _known_task(kind: type[learners.OfflineAlgorithm], real_id: str, kwargs: dic
     if "task" in kwargs:
         given = _instance(kwargs["task"])
         return {"task": tasks.get(given) if isinstance(given, str) else given}
+    if real_id is None:
+        return {}
     try:
         return {"task": tasks.get(real_id)}
     except tasks.UnknownTask as error:
@@ -1297,7 +1311,7 @@ def _known_task(kind: type[learners.OfflineAlgorithm], real_id: str, kwargs: dic
 def _offline_agent(
     kind: type[learners.OfflineAlgorithm],
     data: Transitions | None,
-    real_id: str,
+    real_id: str | None,
     model: AbstractDynamics | None,
     kwargs: dict[str, Any],
     device: str,
@@ -1316,7 +1330,7 @@ def _offline_agent(
 def _offline_again(
     kind: type[learners.OfflineAlgorithm],
     data: Callable[[], Transitions],
-    real_id: str,
+    real_id: str | None,
     kwargs: dict[str, Any],
     device: str,
     path: Path,
@@ -1343,7 +1357,7 @@ def _instance(value: Any) -> Any:
 def _one_offline(
     kind: type[learners.OfflineAlgorithm],
     source: Any,
-    real_id: str,
+    real_id: str | None,
     model: AbstractDynamics | None,
     kwargs: dict[str, Any],
     device: str,
@@ -1364,7 +1378,7 @@ def _one_offline(
         return _offline_agent(kind, data(), real_id, model, kwargs, device, seed)
 
     again = partial(_offline_again, kind, data, real_id, kwargs, device)
-    return learn_offline(make, again, real_id, home, seed=seed, device=device, notify=notify, **asked)
+    return learn_offline(make, again, folder=home, seed=seed, device=device, notify=notify, **asked)
 
 
 def planned(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -1386,7 +1400,7 @@ def planned(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     return plan
 
 
-def _check_objective(kind: type[learners.OfflineAlgorithm], name: str, real_id: str) -> None:
+def _check_objective(kind: type[learners.OfflineAlgorithm], name: str, real_id: str | None) -> None:
     """Refuse an objective that cannot judge this learner, before anything is fitted."""
     objectives.objective(name)
     if name == "model_error" and not issubclass(kind, learners.OfflineMBPO):
@@ -1396,6 +1410,8 @@ def _check_objective(kind: type[learners.OfflineAlgorithm], name: str, real_id: 
     if name == "real":
         _check_judge(real_id)
     if name == "return_in_model":
+        if real_id is None:
+            raise ValueError("return_in_model needs a task, and the data set names none: pass --env_id, or choose fqe")
         tasks.get(real_id)
 
 

@@ -34,15 +34,15 @@ class Judgement(NamedTuple):
     """A learned policy and what it may be judged by.
 
     ``log`` is what it learned from, ``held_out`` are episodes that it did not see, ``judge`` the folder of a model that
-    was fitted on both for this purpose, ``env_id`` the real environment, ``seed`` that of the judgement, ``env_kwargs``
-    the environment's arguments.
+    was fitted on both for this purpose, ``env_id`` the real environment or a task's id (None: there is neither),
+    ``seed`` that of the judgement, ``env_kwargs`` the environment's arguments.
     """
 
     agent: OfflineAlgorithm
     log: Transitions
     held_out: Transitions
     judge: Path
-    env_id: str
+    env_id: str | None
     seed: int
     env_kwargs: Json | None = None
 
@@ -73,6 +73,7 @@ def by_return_in_model(judged: Judgement) -> float:
     trust: Trust = all_trusted
     if judge.num_members > 1:
         trust = penalty_below(judge, PENALTIES["max_pairwise_diff"], discrepancy(judge, rows))
+    assert judged.env_id is not None
     world = World(judge, tasks.get(judged.env_id), trust=trust)
     return return_in_model(judged.agent, world, some, worst=float(rows.reward.min()), seed=judged.seed).low
 
@@ -87,6 +88,7 @@ def by_model_error(judged: Judgement) -> float:
 
 def by_real(judged: Judgement) -> float:
     """Return the mean return of real episodes."""
+    assert judged.env_id is not None
     kwargs = judged.env_kwargs
     return evaluate(judged.agent, judged.env_id, episodes=EPISODES, seed=judged.seed, env_kwargs=kwargs).mean
 

@@ -7,6 +7,8 @@ SB3's logs.
 Two protocols say which policy is reported. *last*: that of the last update. *best*: that of the judgement with the
 highest return; the real environment then decided, and the figure is no result of learning offline. Either is judged on
 fresh episodes, which decided nothing.
+
+A log of a plant that nobody can simulate is learned from as well. Nothing is judged then, and the report says so.
 """
 
 import importlib.util
@@ -14,7 +16,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -38,10 +39,17 @@ Protocol = Literal["last", "best"]
 JUDGE_SEED, FRESH_SEED = 10_000, 20_000
 """Added to the seed: episodes of the judgements on the way, and of the reported policy."""
 LAST_MARKS = 10
+UNJUDGED = (
+    "**Nothing was judged**: no environment was at hand, and what the policies (`seed-N/agent.zip`) earn in the plant "
+    "is unknown. Estimates from the log alone, none of them a bound on the truth: `learneddyn.offline.rank`."
+)
 
 
 class Mark(NamedTuple):
-    """One judgement: updates done, returns of the deterministic policy, CPU seconds of learning, logged figures."""
+    """One judgement: updates done, returns of the deterministic policy, CPU seconds of learning, logged figures.
+
+    Without an environment there are no returns.
+    """
 
     updates: int
     returns: list[float]
@@ -55,7 +63,10 @@ class Mark(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a seed ends with: protocol, updates of the reported policy, its returns on fresh episodes, all marks."""
+    """What a seed ends with: protocol, updates of the reported policy, its returns on fresh episodes, all marks.
+
+    Without an environment there are no returns.
+    """
 
     protocol: str
     updates: int
@@ -76,7 +87,7 @@ class Outcome(NamedTuple):
 def learn_offline(
     make: Callable[[], BaseAlgorithm],
     load: Callable[[Path], BaseAlgorithm],
-    env_id: str,
+    env_id: str | None,
     folder: Path,
     *,
     updates: int,
@@ -97,7 +108,7 @@ def learn_offline(
     Args:
         make: a new agent with its data; one timestep is one update.
         load: the agent in a zip, with its data.
-        env_id: Gymnasium id of the real environment.
+        env_id: Gymnasium id of the real environment; None where there is none to judge in.
         folder: of this seed, made if missing.
         updates: in all.
         judge_every: updates between two judgements (and checkpoints).
@@ -110,35 +121,41 @@ def learn_offline(
         notify: told how far it is.
 
     Raises:
-        ValueError: an unknown protocol, or a number below 1.
+        ValueError: an unknown protocol, a number below 1, or the best policy asked for and no environment.
     """
-    check_run(updates, judge_every, episodes, fresh_episodes, protocol)
+    check_run(updates, judge_every, episodes, fresh_episodes, protocol, judged=env_id is not None)
     done = folder / "result.json"
     if done.exists():
         return _read(json.loads(done.read_text()))
-    play = partial(evaluate, real_id=env_id, env_kwargs=env_kwargs, device=device)
+
+    def play(policy: BaseAlgorithm, episodes: int, seed: int) -> list[float]:
+        if env_id is None:
+            return []
+        played = evaluate(policy, env_id, episodes=episodes, seed=seed, env_kwargs=env_kwargs, device=device)
+        return played.returns.tolist()
+
     marks = read_marks(folder, Mark)
 
     def judge(agent: BaseAlgorithm, figures: dict[str, float], spent: float) -> str:
         updates = agent.num_timesteps
-        real = play(agent, episodes=episodes, seed=JUDGE_SEED + seed)
+        mark = Mark(updates, play(agent, episodes, JUDGE_SEED + seed), spent, figures)
         marks[:] = [mark for mark in marks if mark.updates < updates]
-        best = max((mark.mean for mark in marks), default=-np.inf)
+        best = max((earlier.mean for earlier in marks), default=-np.inf) if protocol == "best" else np.inf
         before = marks[-1].cpu_seconds if marks else 0.0
-        marks.append(Mark(updates, real.returns.tolist(), round(before + spent, 1), figures))
+        marks.append(mark._replace(cpu_seconds=round(before + spent, 1)))
         write_marks(folder, marks)
-        if protocol == "best" and real.mean > best:
+        if protocol == "best" and mark.mean > best:
             agent.save(folder / ".best.new.zip")
             (folder / ".best.new.zip").replace(folder / "best.zip")
-        return f"return {real.mean:.4g}"
+        return f"return {mark.mean:.4g}" if mark.returns else ""
 
     agent = train_offline(make, load, folder, updates=updates, save_every=judge_every, at_save=judge, notify=notify)
     at = max(marks, key=lambda mark: mark.mean).updates if protocol == "best" else updates
     reported = load(folder / "best.zip") if protocol == "best" else agent
-    notify("judging the reported policy", 1.0)
-    fresh = play(reported, episodes=fresh_episodes, seed=FRESH_SEED + seed)
+    notify("judging the reported policy" if env_id else "saving", 1.0)
+    fresh = play(reported, fresh_episodes, FRESH_SEED + seed)
     reported.save(folder / "agent.zip")
-    outcome = Outcome(protocol, at, fresh.returns.tolist(), marks)
+    outcome = Outcome(protocol, at, fresh, marks)
     entry = outcome._asdict() | {"marks": [mark._asdict() for mark in marks]}
     replace_file(done, json.dumps(entry).encode())
     return outcome
@@ -189,11 +206,13 @@ def train_offline(
     return agent
 
 
-def check_run(updates: int, judge_every: int, episodes: int, fresh_episodes: int, protocol: str) -> None:
+def check_run(
+    updates: int, judge_every: int, episodes: int, fresh_episodes: int, protocol: str, *, judged: bool = True
+) -> None:
     """Make sure of the settings of a run before anything is spent on it.
 
     Raises:
-        ValueError: an unknown protocol, or a number below 1.
+        ValueError: an unknown protocol, a number below 1, or the best policy asked for where nothing is judged.
     """
     numbers = {"updates": updates, "judge_every": judge_every, "episodes": episodes, "fresh_episodes": fresh_episodes}
     for name, value in numbers.items():
@@ -201,6 +220,8 @@ def check_run(updates: int, judge_every: int, episodes: int, fresh_episodes: int
             raise ValueError(f"{name} must be at least 1, got {value}")
     if protocol not in get_args(Protocol):
         raise ValueError(f"protocol must be one of {', '.join(get_args(Protocol))}, got {protocol!r}")
+    if protocol == "best" and not judged:
+        raise ValueError("protocol 'best' asks the real environment for its choice: without one it must be 'last'")
 
 
 def summary(outcomes: Mapping[int, Outcome]) -> Estimate:
@@ -210,22 +231,40 @@ def summary(outcomes: Mapping[int, Outcome]) -> Estimate:
 
 
 def write_offline_report(
-    folder: Path, title: str, env_id: str, outcomes: Mapping[int, Outcome], settings: Json, notes: Sequence[str]
+    folder: Path, title: str, env_id: str | None, outcomes: Mapping[int, Outcome], settings: Json, notes: Sequence[str]
 ) -> Path:
-    """Write ``report.md`` and ``curve.png`` of a run, and return the report.
+    """Write ``report.md`` and, of judged policies, ``curve.png`` of a run, and return the report.
 
     Args:
         folder: of the run.
         title: its headline.
-        env_id: Gymnasium id of the real environment; scores are normalised where its references are known.
+        env_id: Gymnasium id of the real environment, None where nothing was judged; scores are normalised where its
+            references are known.
         outcomes: by seed.
         settings: plain JSON, printed at the end.
         notes: sentences above the table, for example on how a penalty was weighted.
     """
+    lines = [f"# {title}", ""]
+    if env_id is None:
+        lines += [UNJUDGED, *notes, ""]
+    else:
+        lines += [*_judged(env_id, outcomes, notes), "", "![returns on the way](curve.png)", ""]
+        _draw(folder / "curve.png", title, outcomes)
+    lines += ["## What the learner logged last, mean over seeds", ""]
+    figures = [outcome.marks[-1].figures for outcome in outcomes.values()]
+    for name in sorted(set.intersection(*(set(entry) for entry in figures))):
+        lines.append(f"- `{name}` {np.mean([entry[name] for entry in figures]):.4g}")
+    lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=2), "```", ""]
+    write_file(folder / "report.md", "\n".join(lines).encode())
+    return folder / "report.md"
+
+
+def _judged(env_id: str, outcomes: Mapping[int, Outcome], notes: Sequence[str]) -> list[str]:
+    """Return what the report says of policies that were judged."""
     scored = env_id in REFERENCES and REFERENCES[env_id].expert is not None
     first, over = next(iter(outcomes.values())), "seeds" if len(outcomes) > 1 else "episodes"
     whole = summary(outcomes)
-    lines = [f"# {title}", "", f"Return in {env_id}: **{told(whole)}** (95 % bootstrap interval over {over})."]
+    lines = [f"Return in {env_id}: **{told(whole)}** (95 % bootstrap interval over {over})."]
     if scored:
         score = Estimate(*(normalized_score(env_id, value) for value in whole))
         lines[-1] += f" Normalised score: **{told(score)}** (0: random, 100: expert; learneddyn.data.scores)."
@@ -240,14 +279,7 @@ def write_offline_report(
         mean = bootstrap_interval(outcome.returns)
         normal = f"{normalized_score(env_id, outcome.mean):.1f}" if scored else ""
         lines.append(f"| {seed} | {told(mean)} | {normal} | {outcome.updates} | {outcome.last_marks:.4g} |")
-    lines += ["", "![returns on the way](curve.png)", "", "## What the learner logged last, mean over seeds", ""]
-    figures = [outcome.marks[-1].figures for outcome in outcomes.values()]
-    for name in sorted(set.intersection(*(set(entry) for entry in figures))):
-        lines.append(f"- `{name}` {np.mean([entry[name] for entry in figures]):.4g}")
-    lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=2), "```", ""]
-    _draw(folder / "curve.png", title, outcomes)
-    write_file(folder / "report.md", "\n".join(lines).encode())
-    return folder / "report.md"
+    return lines
 
 
 def _draw(path: Path, title: str, outcomes: Mapping[int, Outcome]) -> None:
@@ -306,8 +338,8 @@ class _Saver(BaseCallback):
         if done % self.every == 0 or done == self.updates:
             spent, words = time.process_time() - self.begun, ""
             if self.at_save is not None:
-                words = ": " + self.at_save(self.model, dict(self.latest.figures), spent)
+                words = self.at_save(self.model, dict(self.latest.figures), spent)
             _saved(self.model, self.folder / "checkpoint")
-            self.notify(f"{done} updates{words}", done / self.updates)
+            self.notify(f"{done} updates" + (words and f": {words}"), done / self.updates)
             self.begun = time.process_time()
         return True

@@ -171,6 +171,37 @@ def test_the_command_runs_resumes_and_reports(home, capsys):
     assert (home / "run" / "seed-2" / "curve.json").read_text() == curve
 
 
+@pytest.mark.parametrize("agent", ["bc", "mopo"])
+def test_a_log_of_a_plant_without_a_simulator_is_learned_from(home, log, monkeypatch, capsys, agent):
+    """It trains, saves, resumes, and says that nobody judged; a forgotten judge is asked for."""
+    monkeypatch.setattr(offline, "evaluate", lambda *_, **__: pytest.fail("there is nothing to judge in"))
+    save(log, "plant/log-v0")
+    config = {"agent": agent, "dataset": "plant/log-v0", "out": "run", "seeds": [1, 2], "workers": 1, **RUN}
+    config["agent_kwargs"] = {"batch_size": 16, "policy_kwargs": {"net_arch": [8]}}
+    if agent == "mopo":
+        config["agent_kwargs"] |= IMAGINED | {"task": {"class": "learneddyn.core.Task", "config": {"real_id": "Mill"}}}
+        heads = {"learn_reward": True, "learn_termination": True}
+        config["model"] = {"class_path": "ProbabilisticEnsemble", "init_args": TINY_MODEL | heads}
+    (home / "plant.yaml").write_text(yaml.safe_dump(config | {"progress": False}))
+    with pytest.raises(SystemExit):
+        main(["offline", "--config", "plant.yaml"])
+    assert "--judge false" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["offline", "--config", "plant.yaml", "--judge", "false", "--protocol", "best"])
+    assert "without one it must be 'last'" in capsys.readouterr().err
+    assert not (home / "run").exists()
+    for resume in ("false", "true"):
+        main(["offline", "--config", "plant.yaml", "--judge", "false", "--resume", resume])
+    assert "nothing was judged" in capsys.readouterr().out
+    report = (home / "run" / "report.md").read_text()
+    assert "**Nothing was judged**" in report
+    assert "Return in" not in report
+    assert "`train/" in report
+    assert not (home / "run" / "curve.png").exists()
+    loaded = _learners()[agent].load(home / "run" / "seed-2" / "agent.zip")
+    assert loaded.num_timesteps == RUN["updates"]
+
+
 def liking() -> RewardFn:
     """A dynamics reward that is no `DynamicsReward`: an agent's file does not hold it."""
     return lambda obs, action, next_obs: -obs[:, 0]
