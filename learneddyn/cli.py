@@ -715,6 +715,7 @@ def offline(
     agent_kwargs: dict[str, Any] | None = None,
     label_actions: bool | InverseDynamics = False,
     env_kwargs: dict[str, Any] | None = None,
+    chosen_by: str | None = None,
     judge: bool = True,
     protocol: Protocol = "last",
     judge_every: int = 10_000,
@@ -740,6 +741,7 @@ def offline(
         label_actions: fill in actions that the data lack by inverse dynamics first (SS-ORL); true, or class path and
             arguments: {class_path: InverseDynamics, init_args: {past: 3}}.
         env_kwargs: arguments of the environment.
+        chosen_by: what a sweep maximised when it chose these settings; the report says so.
         judge: false where the plant has no simulator: policies are learned and saved, and nobody says what they earn.
         protocol: last reports the last policy; best reports the checkpoint that the real environment likes best.
         judge_every: updates between two judgements; each leaves a checkpoint.
@@ -771,6 +773,7 @@ def offline(
         "model": None if model is None else described(model),
         "agent_kwargs": kwargs,
         "label_actions": _told_labels(label_actions),
+        "chosen_by": chosen_by,
         "judge": judge,
         "protocol": protocol,
         "judge_every": judge_every,
@@ -785,7 +788,7 @@ def offline(
                    asked | {"env_id": judging, "protocol": protocol, "env_kwargs": env_kwargs})  # fmt: skip
     outcomes = for_each_seed(work, chosen, workers=workers, progress=progress)
     title = f"{kind.__name__} on {', '.join(dataset)}"
-    notes = _weight_notes(kind, kwargs) + _label_notes([folder.path / f"seed-{number}" for number in chosen])
+    notes = _weight_notes(kind, kwargs, chosen_by) + _label_notes([folder.path / f"seed-{number}" for number in chosen])
     path = write_offline_report(folder.path, title, judging, outcomes, settings, notes)
     if not judge:
         console.print(f"nothing was judged: no environment; report: {path}", soft_wrap=True)
@@ -886,12 +889,12 @@ def sweep(
     play = partial(_sweep_trial, base, objective, chosen, save_every, device, judge)
     common: dict[str, Any] = {"trials": trials, "sampler": sampler, "workers": workers, "seed": seed}
     ended = run_sweep(space or {}, play, folder.path, ray=ray, progress=progress, **common)
-    told_by = "the real environment chose: no result of learning offline" if objective == "real" else "no simulator"
-    notes = [f"Maximised: {objective} ({told_by}), mean over the seeds {chosen}, after {updates} updates."]
+    notes = [f"Maximised: {objective} ({_told_by(objective)}), mean over the seeds {chosen}, after {updates} updates."]
     path = write_summary(folder.path, f"{kind.__name__} on {', '.join(dataset)}", notes + _label_notes([folder.path]))
     if valued := [trial for trial in ended if trial.value is not None]:
         best = max(valued, key=lambda trial: trial.value or 0.0)
         plan = planned(base, best.settings)
+        plan["chosen_by"] = objective
         plan["judge"] = real_id is not None and _registered(real_id)
         for name in ("model", "label_actions"):
             if isinstance(plan[name], dict):
@@ -1472,19 +1475,39 @@ def _sweep_trial(
     return sum(values) / len(values)
 
 
-def _weight_notes(kind: type[learners.OfflineAlgorithm], kwargs: dict[str, Any]) -> list[str]:
-    """Say how the pessimism of a learner was weighted."""
+def _told_by(objective: str) -> str:
+    """Say who judged what a sweep maximised."""
+    if objective == "real":
+        return "the real environment chose: no result of learning offline"
+    return "no simulator" if objective in objectives.OBJECTIVES else "a function of the user's"
+
+
+def _weight_notes(
+    kind: type[learners.OfflineAlgorithm], kwargs: dict[str, Any], chosen_by: str | None = None
+) -> list[str]:
+    """Say how the pessimism of a learner was weighted, and who chose it."""
     weights = ("penalty_weight", "pessimism", "inconsistency", "conservatism", "diversity", "adversary", "alpha", "eta")
-    parts = []
+    parts = {"penalty": "penalty_weight", "halt_offset": "pessimism", "clip_target": "", "least_dynamics_reward": ""}
+    found: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         for name, parameter in inspect.signature(base).parameters.items() if base in _learners().values() else ():
-            if name in weights and parameter.default is not inspect.Parameter.empty:
-                parts.append((name, parameter.default))
-    found = {name: (kwargs.get(name, default), name in kwargs) for name, default in parts}
-    said = [f"{name} = {value} ({'given' if given else 'default'})" for name, (value, given) in found.items() if value]
-    ruled = ["A weight that is a rule was worked out on the log: `imagined/penalty_weight` below."]
-    notes = [f"Weights of pessimism, fixed beforehand: {', '.join(said)}."] if said else []
-    return notes + (ruled if any(isinstance(value, str) for value, _ in found.values()) else [])
+            if name in (*weights, *parts) and parameter.default is not inspect.Parameter.empty:
+                found[name] = parameter.default
+    found |= {name: kwargs[name] for name in found if name in kwargs}
+    filtered = issubclass(kind, learners.MOREC) or kwargs.get("dynamics_reward") is not None
+    asked = {"least_dynamics_reward": filtered} | {name: bool(found.get(of)) for name, of in parts.items() if of}
+    said = [
+        f"{name} = {value} ({'given' if name in kwargs else 'default'})"
+        for name, value in found.items()
+        if value and asked.get(name, True)
+    ]
+    notes = [f"Weights of pessimism, from the configuration: {', '.join(said)}."] if said else []
+    if chosen_by is not None:
+        notes.append(f"The configuration maximised {chosen_by} in a sweep ({_told_by(chosen_by)}).")
+    for name in ("penalty_weight", "least_dynamics_reward"):
+        if isinstance(found.get(name), str) and asked.get(name, True):
+            notes.append(f"{name} is a rule that was worked out on the log: `imagined/{name}` below.")
+    return notes
 
 
 def _print_rounds(results: dict[int, list[Round]]) -> None:

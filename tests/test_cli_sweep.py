@@ -71,7 +71,7 @@ def test_a_sweep_picks_settings_that_the_offline_command_takes(home, monkeypatch
     assert again[:2] == trials
     assert len(again) == 3
     main(["offline", "--config", "sweep/best.yaml", "--judge_every", "10", "--episodes", "1", "--fresh_episodes", "2"])
-    assert (home / "runs" / "offline" / "report.md").exists()
+    assert "maximised return_in_model in a sweep (no simulator)" in (home / "runs/offline/report.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["fqe", "model_error", "real", "math.sqrt"])
@@ -175,6 +175,8 @@ def test_trials_share_labels_and_the_environments_arguments(home, monkeypatch):
     main(["offline", "--config", "sweep/best.yaml", *short])
     given = json.loads((home / "runs" / "offline" / "config.json").read_text())["config"]
     assert given["env_kwargs"] == {"g": 5.0}
+    report = (home / "runs" / "offline" / "report.md").read_text()
+    assert "maximised real in a sweep (the real environment chose: no result of learning offline)" in report
     assert given["label_actions"]["config"]["past"] == 2
     assert fits == [2, 2]
 

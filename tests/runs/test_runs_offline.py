@@ -15,7 +15,7 @@ import yaml
 
 from learneddyn import offline as learners
 from learneddyn import tasks
-from learneddyn.cli import _known_task, _learners, _offline_again, _offline_agent, main
+from learneddyn.cli import _known_task, _learners, _offline_again, _offline_agent, _weight_notes, main
 from learneddyn.core import RewardFn, Task, Transitions
 from learneddyn.data import collect, save, without_actions
 from learneddyn.files import replaced_folder
@@ -200,6 +200,41 @@ def test_a_log_of_a_plant_without_a_simulator_is_learned_from(home, log, monkeyp
     assert not (home / "run" / "curve.png").exists()
     loaded = _learners()[agent].load(home / "run" / "seed-2" / "agent.zip")
     assert loaded.num_timesteps == RUN["updates"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs", "told"),
+    [
+        (BC, {}, []),
+        (learners.RAVL, {}, ["diversity = 1.0 (default)."]),
+        (MOPO, {}, ["penalty = max_aleatoric (default), penalty_weight = 1.0 (default)."]),
+        (
+            MOPO,
+            {"penalty": "ensemble_std", "penalty_weight": "quantile:0.5", "clip_target": True},
+            [
+                "penalty = ensemble_std (given), penalty_weight = quantile:0.5 (given), clip_target = True (given).",
+                "penalty_weight is a rule that was worked out on the log: `imagined/penalty_weight` below.",
+            ],
+        ),
+        (learners.MOReL, {"halt_offset": -9}, ["pessimism = 3.0 (default), halt_offset = -9 (given)."]),
+        (
+            learners.MORECMOBILE,
+            {},
+            [
+                "least_dynamics_reward = quantile:0.01 (default), inconsistency = 0.5 (default).",
+                "least_dynamics_reward is a rule that was worked out on the log: `imagined/least_dynamics_reward` "
+                "below.",
+            ],
+        ),
+    ],
+)
+def test_the_report_tells_all_weights_of_pessimism_and_the_rules(kind, kwargs, told):
+    notes = _weight_notes(kind, kwargs)
+    head = "Weights of pessimism, from the configuration: "
+    assert [note.removeprefix(head) for note in notes] == told
+    assert _weight_notes(kind, kwargs, "math.sqrt")[-1 if len(told) < 2 else 1] == (
+        "The configuration maximised math.sqrt in a sweep (a function of the user's)."
+    )
 
 
 def liking() -> RewardFn:
