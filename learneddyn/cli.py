@@ -44,6 +44,7 @@ from learneddyn.data import (
 )
 from learneddyn.data.grades import Grade, algorithms
 from learneddyn.data.logs import Gaps, LastRow
+from learneddyn.data.minari import check_free
 from learneddyn.envs import check_settings, first_observations, load_world, save_world, world_names
 from learneddyn.evaluation import Round
 from learneddyn.evaluation.render import side_by_side
@@ -73,6 +74,7 @@ from learneddyn.runs.offline import (
     Protocol,
     check_run,
     learn_offline,
+    restored,
     summary,
     train_offline,
     write_offline_report,
@@ -716,6 +718,7 @@ def offline(
     label_actions: bool | InverseDynamics = False,
     env_kwargs: dict[str, Any] | None = None,
     chosen_by: str | None = None,
+    imagined: str | None = None,
     judge: bool = True,
     protocol: Protocol = "last",
     judge_every: int = 10_000,
@@ -742,6 +745,8 @@ def offline(
             arguments: {class_path: InverseDynamics, init_args: {past: 3}}.
         env_kwargs: arguments of the environment.
         chosen_by: what a sweep maximised when it chose these settings; the report says so.
+        imagined: id of a Minari data set to write, of what the agent imagined last, with its provenance; of several
+            seeds each gets its own, (namespace/)name-seed-1-v0. A run that has ended does so with ``resume``.
         judge: false where the plant has no simulator: policies are learned and saved, and nobody says what they earn.
         protocol: last reports the last policy; best reports the checkpoint that the real environment likes best.
         judge_every: updates between two judgements; each leaves a checkpoint.
@@ -761,6 +766,7 @@ def offline(
     real_id = env_id or _env_of(dataset)
     if judge:
         _check_judge(real_id)
+    dreams = _dream_ids(kind, imagined, chosen)
     judging = real_id if judge else None
     # Data that cannot be learned from must not cost a process, nor a fit: this learner is checked and no more.
     _offline_agent(kind, _log_to_check(dataset, label_actions), real_id, model, kwargs, "cpu", chosen[0])
@@ -789,6 +795,12 @@ def offline(
     outcomes = for_each_seed(work, chosen, workers=workers, progress=progress)
     title = f"{kind.__name__} on {', '.join(dataset)}"
     notes = _weight_notes(kind, kwargs, chosen_by) + _label_notes([folder.path / f"seed-{number}" for number in chosen])
+    for number, dream in dreams.items():
+        home = folder.path / f"seed-{number}"
+        again = partial(_offline_again, kind, partial(source, number, home), real_id, kwargs, device)
+        learned = restored(again, home)
+        assert isinstance(learned, learners.OfflineMBPO)
+        console.print(f"{dream}: {learners.save_imagined(learned, dream).total_steps} imagined steps")
     path = write_offline_report(folder.path, title, judging, outcomes, settings, notes)
     if not judge:
         console.print(f"nothing was judged: no environment; report: {path}", soft_wrap=True)
@@ -1285,6 +1297,27 @@ def _check_judge(real_id: str | None) -> None:
             f"Gymnasium knows no environment {real_id!r}, the judge: pass --env_id, as module:Id-v0 if a module of "
             "yours registers it, or --judge false where the plant has no simulator"
         )
+
+
+def _dream_ids(kind: type[learners.OfflineAlgorithm], imagined: str | None, seeds: list[int]) -> dict[int, str]:
+    """Return the data set that each seed's imagination is written to, none if nobody asks for it.
+
+    Raises:
+        DatasetExists: an id is taken.
+        ValueError: a malformed id, or a learner that does not imagine.
+    """
+    if imagined is None:
+        return {}
+    if not issubclass(kind, learners.OfflineMBPO):
+        raise ValueError(f"{kind.__name__} imagines nothing: leave --imagined out")
+    check_free(imagined)
+    if len(seeds) == 1:
+        return {seeds[0]: imagined}
+    name, _, version = imagined.rpartition("-")
+    ids = {seed: f"{name}-seed-{seed}-{version}" for seed in seeds}
+    for each in ids.values():
+        check_free(each)
+    return ids
 
 
 def _known_task(kind: type[learners.OfflineAlgorithm], real_id: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:

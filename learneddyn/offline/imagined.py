@@ -40,7 +40,8 @@ def imagined_log(agent: OfflineMBPO) -> Transitions:
     Rewards are those that the agent learned from: the penalty is subtracted, its own shift and scale are undone.
 
     Raises:
-        DataError: the agent has not imagined yet (a loaded one has not).
+        DataError: the agent has not imagined yet. A loaded one has not, unless `learneddyn.runs.offline.restored` gave
+            its rows back.
     """
     if agent.replay is None or not len(agent.imagined):
         raise DataError(f"this {type(agent).__name__} has imagined nothing yet: let it learn first")
@@ -65,8 +66,7 @@ def imagined_log(agent: OfflineMBPO) -> Transitions:
 
 def provenance(agent: OfflineMBPO) -> Json:
     """Return where an agent's imagined rows come from, as plain JSON; the module's docstring lists the entries."""
-    model, world = agent.model, agent.world
-    assert world is not None
+    model, world = agent.model, agent.world or agent.make_world()
     weights = {"sha256": model.digest()} if isinstance(model, AbstractModel) else {}
     filtered = isinstance(world.sampler, TransitionFilter)
     return {

@@ -189,9 +189,8 @@ def train_offline(
         notify: told how far it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    kept = surviving_folder(folder / "checkpoint")
     notify("preparing", 0.0)
-    agent = _restored(load, kept) if kept.exists() else make()
+    agent = restored(load, folder) if surviving_folder(folder / "checkpoint").exists() else make()
     begun = agent.num_timesteps
     if begun < updates:
         saver = _Saver(folder, updates, save_every, at_save, notify)
@@ -203,6 +202,23 @@ def train_offline(
             logger.output_formats.append(saver.latest)
             agent.set_logger(logger)
             agent.learn(updates - begun, saver, log_interval=min(1000, save_every), reset_num_timesteps=begun == 0)
+    return agent
+
+
+def restored(load: Callable[[Path], BaseAlgorithm], folder: Path) -> BaseAlgorithm:
+    """Return the agent of the last checkpoint of a seed, with what it had imagined.
+
+    Args:
+        load: the agent in a zip, with its data.
+        folder: of the seed.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+    """
+    kept = surviving_folder(folder / "checkpoint")
+    agent = load(kept / "agent.zip")
+    if isinstance(imagined := getattr(agent, "imagined", None), Replay):
+        imagined.become(Replay.load(kept / "imagined", agent.device))
     return agent
 
 
@@ -301,13 +317,6 @@ def _saved(agent: BaseAlgorithm, folder: Path) -> None:
         agent.save(fresh / "agent.zip")
         if isinstance(imagined := getattr(agent, "imagined", None), Replay):
             imagined.save(fresh / "imagined")
-
-
-def _restored(load: Callable[[Path], BaseAlgorithm], folder: Path) -> BaseAlgorithm:
-    agent = load(folder / "agent.zip")
-    if isinstance(imagined := getattr(agent, "imagined", None), Replay):
-        imagined.become(Replay.load(folder / "imagined", agent.device))
-    return agent
 
 
 class _Latest(KVWriter):

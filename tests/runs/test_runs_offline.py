@@ -17,7 +17,7 @@ from learneddyn import offline as learners
 from learneddyn import tasks
 from learneddyn.cli import _known_task, _learners, _offline_again, _offline_agent, _weight_notes, main
 from learneddyn.core import RewardFn, Task, Transitions
-from learneddyn.data import collect, save, without_actions
+from learneddyn.data import collect, load, read_provenance, save, without_actions
 from learneddyn.files import replaced_folder
 from learneddyn.models import InverseDynamics, ProbabilisticEnsemble
 from learneddyn.offline import BC, IQL, MOPO, MOREC, RAMBO, DynamicsReward
@@ -169,6 +169,17 @@ def test_the_command_runs_resumes_and_reports(home, capsys):
     assert "pass --resume" in capsys.readouterr().err
     main(["offline", "--config", "small.yaml", "--resume", "true"])
     assert (home / "run" / "seed-2" / "curve.json").read_text() == curve
+    for resumed in ("mine/dream-v0", "mine/again-v0"):  # what a run that has ended imagined last
+        main(["offline", "--config", "small.yaml", "--resume", "true", "--imagined", resumed])
+    rows, others = load("mine/dream-seed-1-v0"), load("mine/dream-seed-2-v0")
+    assert torch.equal(rows.obs, load("mine/again-seed-1-v0").obs)
+    assert len(rows) == len(others) == 5 * 20 * 2
+    assert not torch.equal(rows.obs, others.obs)
+    card = read_provenance("mine/dream-seed-1-v0")
+    assert (card["kind"], card["policy"], card["updates"], card["penalty_weight"]) == ("imagined", "MOPO", 50, 0.25)
+    with pytest.raises(SystemExit):
+        main(["offline", "--config", "small.yaml", "--resume", "true", "--imagined", "mine/dream-v0"])
+    assert "'mine/dream-seed-1-v0' is already at" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("agent", ["bc", "mopo"])
@@ -305,6 +316,8 @@ def test_a_task_of_your_own_is_found_in_the_module_that_the_id_names(home, monke
         (["--agent", "bc", "--env_id", "Nowhere-v0"], "Gymnasium knows no environment 'Nowhere-v0', the judge: pass"),
         (["--agent", "mopo", "--env_id", "MountainCar-v0"], "no task is known for environment 'MountainCar-v0'"),
         (["--agent", "mopo", "--env_id", "MountainCar-v0"], "agent_kwargs: {task: {class: learneddyn.core.Task"),
+        (["--agent", "iql", "--imagined", "mine/dream-v0"], "IQL imagines nothing: leave --imagined out"),
+        (["--agent", "mopo", "--imagined", "dream"], "a Minari id has the form (namespace/)name-v0"),
         (["--agent", "iql", "--updates", "0"], "updates must be at least 1, got 0"),
         (["--agent", "iql", "--label_actions", "true"], "there is nothing to label"),
     ],
