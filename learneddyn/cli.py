@@ -927,14 +927,17 @@ def reproduce(
     """Measure the central claims of papers in small experiments: ``learneddyn reproduce icem``, or ``all``.
 
     Args:
-        name: of an experiment, see ``learneddyn list``; ``all`` means every one, which takes hours.
+        name: of an experiment, see ``learneddyn list``, or of several with commas between; ``all`` means every one,
+            which takes hours.
         seeds: by default those of each experiment.
         out: folder; every experiment writes result.json and result.png into its own folder there.
         docs: folder of the documentation whose reproduce.md and reproduce/ are refreshed from ``out``.
         workers: processes at once, by default one per core.
         resume: go on where a run was stopped: seeds that ``out`` holds are kept, agents go on from their checkpoints.
     """
-    wanted = experiments.names() if name == "all" else [name]
+    wanted = experiments.names() if name == "all" else name.split(",")
+    if unknown := sorted(set(wanted) - set(experiments.names())):
+        experiments.get(unknown[0])  # says so now, not when those before it have been played
     if "mbpo_hopper" in wanted:
         console.print("mbpo_hopper plays one seed for more than half an hour; stopped, it goes on with --resume true")
     for chosen in wanted:

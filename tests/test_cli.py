@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from learneddyn import cli
+from learneddyn import reproduce as experiments
 from learneddyn.cli import main
 from learneddyn.data import collect as collect_steps
 
@@ -200,3 +201,14 @@ def test_collect_counts_the_episodes_of_the_rows_it_kept(home, capsys, monkeypat
     monkeypatch.setattr(cli, "collect_grade", lambda *_, **__: late)
     main(["collect", "InvertedPendulum-v5", "late-v0", "--grade", "replay"])
     assert f"{len(late)} steps, {int(data.episode.max()) - 2} episodes" in capsys.readouterr().out
+
+
+def test_several_experiments_are_one_command(home, capsys, monkeypatch):
+    played = []
+    monkeypatch.setattr(cli, "run_claim", lambda claim, *_, resume, **__: played.append((claim, resume)) or [])
+    main(["reproduce", "icem,penalties", "--resume", "true"])
+    assert played == [(experiments.get(name), True) for name in ("icem", "penalties")]
+    with pytest.raises(SystemExit):
+        main(["reproduce", "icem,nothing"])
+    assert "there is no experiment 'nothing'" in capsys.readouterr().err
+    assert len(played) == 2
