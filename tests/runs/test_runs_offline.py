@@ -270,10 +270,8 @@ def test_filled_in_actions_are_judged_in_the_report_of_a_resumed_run(home, log, 
     halves = [log[log.episode % 2 == 0], log[log.episode % 2 == 1]]
     more = Transitions.cat([halves[0], halves[0], without_actions(halves[1])])
     save(more, "pendulum/half-v0", env_id="Pendulum-v1", action_free=True)
-    quick = InverseDynamics(hidden=(8,), updates=2, check_every=1)
-    filled = partial(learners.semi_supervised, model=quick)
-    monkeypatch.setattr(learners, "semi_supervised", filled)
-    words = ["offline", "--agent", "bc", "--dataset", "pendulum/half-v0", "--out", "run", "--label_actions", "true"]
+    quick = "{class_path: InverseDynamics, init_args: {hidden: [8], updates: 2, check_every: 1}}"
+    words = ["offline", "--agent", "bc", "--dataset", "pendulum/half-v0", "--out", "run", "--label_actions", quick]
     words += [f"--{name}={value}" for name, value in RUN.items()]
     main(words)
     told = f"filled in the actions of {len(halves[1])} of {len(more)} rows"
