@@ -85,8 +85,17 @@ def test_goals_name_tables_of_scripts_that_are_run():
     run = module("run")
     scripts = {*run.ONE_THREAD, *run.TWO_THREADS, *run.ON_GPU}
     sources = [(FOLDER / f"{script}.py").read_text() for script in scripts]
-    for goal in run.GOALS:
-        assert any(f'"{goal.table}"' in source for source in sources), goal.table
+    for table in (*(goal.table for goal in run.GOALS), *run.NOTES):
+        assert any(f'"{table}"' in source for source in sources), table
+
+
+def test_a_note_stands_above_its_own_table(monkeypatch):
+    run = module("run")
+    monkeypatch.setattr(run, "NOTES", {"T": "They differ."})
+    rows = [run.Row(table, "ours", "c", amount=1.0) for table in ("T", "U")]
+    text = run.page({run.Setting("one thread", 1, "cpu", ()): rows}, [], ["0", "0"], {})
+    assert "### T\n\nThey differ.\n\n| case" in text
+    assert "### U\n\n| case" in text
 
 
 def test_a_script_that_fails_is_named_and_the_others_count(tmp_path, monkeypatch):
