@@ -1266,7 +1266,7 @@ def _offline_data(
         model = None if label_actions is True else InverseDynamics(**label_actions.config())
         labelled = learners.semi_supervised(rows, rng=generator(seed), model=model)
         assert labelled.report is not None
-        filled = labelled.std.any(dim=1)
+        filled = unlabelled(rows)
         figures = {"rows": len(filled), "filled": int(filled.sum()), "std": float(labelled.std[filled].mean())}
         home.mkdir(parents=True, exist_ok=True)
         replace_file(home / "labels.json", json.dumps(figures | labelled.report.metrics).encode())
