@@ -32,7 +32,9 @@ _POLES_RATE = 1e-3
 _JUDGED = 256
 """Held-out windows that choose the weights: all up to this many, of more every so-manieth, so many at least."""
 _MEASURED = 20_000
-"""Held-out rows, in whole stretches, that the noise is measured on: about so many, or one stretch."""
+"""Held-out rows, in stretches from their beginnings, that the noise is measured on: about so many, or all."""
+_PADDED = 4
+"""Largest number of cells per measured row: short stretches beside a long one are mostly padding."""
 
 
 class _Heads(NamedTuple):
@@ -295,7 +297,8 @@ class RecurrentDynamics(AbstractDynamics):
 
         Returns:
             ``holdout_mse`` (environment units, mean over columns) and ``holdout_nll`` (nats per column, termination's
-            left out) over held-out stretches that each begin with an empty memory, ``train_rows``, ``holdout_rows``.
+            left out) over the longest held-out stretches, each from an empty memory (about 20,000 rows at most),
+            ``train_rows``, ``holdout_rows``.
 
         Raises:
             DataError: fewer than two rows, or NaN or infinite rows.
@@ -456,10 +459,16 @@ class _Sequences:
         return self._from(begin[:: max(1, len(begin) // _JUDGED)], steps)
 
     def stretches(self, rows: int) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
-        """Return whole stretches, padded to the longest: all, or every so-manieth where they hold more rows."""
+        """Return stretches from their beginnings, the longest first, until they hold ``rows`` rows: at least one.
+
+        Each is cut after ``rows`` steps and padded to the longest. The shortest are left out where they would need more
+        than `_PADDED` cells per row, so that memory is bounded whatever the lengths.
+        """
         begin = (self._position == 0).nonzero().flatten()
-        chosen = max(1, rows // self._longest)
-        return self._from(begin[:: -(-len(begin) // chosen)], self._longest)
+        length, order = (self._last[begin] - begin + 1).clamp_max(rows).sort(descending=True, stable=True)
+        longest = int(length[0])
+        chosen = order[length.cumsum(dim=0) - length < rows][: _PADDED * rows // longest]
+        return self._from(begin[chosen], longest)
 
     def _from(self, begin: Int[Tensor, " b"], steps: int) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
         index = begin[:, None] + torch.arange(min(steps, self._longest), device=begin.device)

@@ -194,8 +194,31 @@ def test_windows_stay_in_their_episode_and_cover_short_ones():
     assert torch.equal(index[inside].sort().values, row), "tiles hold every row once"
     index, inside = sequences.stretches(len(data) * 100)
     assert torch.equal(index[inside].sort().values, row), "stretches too"
-    assert torch.equal(inside.sum(dim=1), torch.bincount(data.episode))
-    assert len(sequences.stretches(1)[0]) == 1
+    assert torch.equal(inside.sum(dim=1), torch.bincount(data.episode).sort(descending=True).values)
+    assert sequences.stretches(1)[0].shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "begins", "cells"),
+    [
+        ([3, 12, 12], [3, 15], [12, 12]),
+        ([3, 9, 9, 5], [3, 12, 21], [9, 9, 5]),
+        ([2, 50], [2], [20]),
+        ([1, 16, *[1] * 90], [1, 0, 17, 18, 19], [16, 1, 1, 1, 1]),
+    ],
+)
+def test_the_longest_stretches_measure_the_noise(lengths, begins, cells):
+    """Of 20 rows: uneven lengths, a stretch that is longer, and short ones that would be padding beside a long one."""
+    row = torch.arange(sum(lengths))[:, None].float()
+    episode = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    nothing = torch.zeros(len(row))
+    log = Transitions(row, row, nothing, row + 1, nothing.bool(), episode, None, "rows")
+    index, inside = _Sequences(log).stretches(20)
+    assert index[:, 0].tolist() == begins
+    assert inside.sum(dim=1).tolist() == cells
+    assert index.shape[1] == cells[0]
+    for place, (begin, cell) in enumerate(zip(begins, cells, strict=True)):
+        assert index[place][inside[place]].tolist() == list(range(begin, begin + cell))
 
 
 def test_files(model, tmp_path):
