@@ -67,7 +67,7 @@ from learneddyn.runs import (
     run_rounds,
     train_in_world,
 )
-from learneddyn.runs.cells import Cells
+from learneddyn.runs.cells import Cells, file_stem
 from learneddyn.runs.claims import publish, run_claim, told, verdict
 from learneddyn.runs.offline import (
     Outcome,
@@ -1081,6 +1081,10 @@ def _logs_of(
     dataset: list[str], angles: tuple[int, ...], known: dict[str, Any], max_rows: int, seeds: list[int], seed: int
 ) -> list[comparison.Log]:
     """Return the logs as one of the seeds splits them; all seeds roll models out for as many steps."""
+    if len({file_stem(name) for name in dataset}) < len(dataset):
+        raise ValueError(
+            f"data sets must differ in more than case and punctuation (their results share files): {dataset}"
+        )
     logs = []
     for name in dataset:
         data = load(name)[:max_rows]

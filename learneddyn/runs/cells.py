@@ -46,7 +46,7 @@ class Cells:
             ValueError: another cell, played before, has the same file: names may not differ in case, blanks and
                 punctuation alone.
         """
-        path = self.folder / f"{re.sub(r'[^a-z0-9+]+', '-', name.lower())}.json"
+        path = self.folder / f"{file_stem(name)}.json"
         if (other := self._names.setdefault(path, name)) != name:
             raise ValueError(f"the cells {other!r} and {name!r} would share the file {path.name}: rename one of them")
         self.notify(name, self.begun / self.total)
@@ -65,6 +65,11 @@ class Cells:
         entry = {"name": name, "settings": settings, "result": result, "seconds": seconds}
         replace_file(path, json.dumps(entry, allow_nan=False, indent=1).encode())
         return json.loads(json.dumps(result))
+
+
+def file_stem(name: str) -> str:
+    """Return what the file of a cell is called: its name without case, blanks and punctuation."""
+    return re.sub(r"[^a-z0-9+]+", "-", name.lower())
 
 
 def spent(home: Path) -> dict[str, float]:

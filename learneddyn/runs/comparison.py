@@ -225,9 +225,14 @@ def judge(rival: Rival, log: Log, seed: int) -> Json:
 
 
 def _judged(rival: Rival, log: Log, seed: int) -> Json:
-    """Judge a rival; whatever goes wrong is a class that could not be judged, and no end of the table."""
+    """Judge a rival; whatever goes wrong is a class that could not be judged, and no end of the table.
+
+    A fault of the machine (a missing package, memory, files) is none of the class's, and is not kept as its result.
+    """
     try:
         return judge(rival, log, seed)
+    except (ImportError, MemoryError, OSError):
+        raise
     except Exception as error:
         return {FAILED: f"{type(error).__name__}: {error}"}
 

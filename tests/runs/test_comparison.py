@@ -112,8 +112,8 @@ def test_an_angle_that_crosses_pi_is_judged_the_short_way_round(quick, tmp_path,
     assert unnamed["far"] > 0.5, "another figure, so another cell"
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_who_stops_a_run_is_no_failed_cell(log, quick, tmp_path, monkeypatch, stop):
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, ImportError, OSError])
+def test_who_stops_a_run_or_lacks_a_package_is_no_failed_cell(log, quick, tmp_path, monkeypatch, stop):
     def stopped(*_, **__):
         raise stop
 
