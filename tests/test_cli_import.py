@@ -97,7 +97,7 @@ def test_mistakes_cost_no_comparison(home, capsys):
     for words, message in (
         (["[mine/mass-v0]"], "hold 1 episodes, three are needed: raise max_rows"),
         (["[gone/log-v0]"], "gone/log-v0"),
-        (["[mine/mass-v0, mine-mass-v0]"], "must differ by more than case and punctuation"),
+        (["[mine/mass-v0, mine-mass-v0]"], "must differ in more than case and punctuation"),
         (["[mine/mass-v0]", "--known", "{SINDy: {degree: 2}}"], "known may hold arguments of"),
     ):
         with pytest.raises(SystemExit) as stopped:
