@@ -7,12 +7,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+_TURNS = 1e5
+"""Whole turns beyond which an angle has diverged."""
+
 
 def near(after: Float[Tensor, "*n o"], before: Float[Tensor, "*n o"], angles: Sequence[int]) -> Float[Tensor, "*n o"]:
-    """Return ``after``, columns in ``angles`` (radians) turned by whole turns to within half a turn of ``before``."""
+    """Return ``after``, columns in ``angles`` (radians) turned by whole turns to within half a turn of ``before``.
+
+    Angles that have diverged stay what they are: infinite ones, and those 100,000 turns away, or so many that the dtype
+    no longer resolves a thousandth of a turn (8388 in float32).
+    """
     if not len(angles):
         return after
-    turns = ((after - before) / (2 * math.pi)).round().nan_to_num(0.0, 0.0, 0.0)  # infinity stays what it is
+    turns = ((after - before) / (2 * math.pi)).round()
+    turns = torch.where(turns.abs() <= min(_TURNS, 1e-3 / torch.finfo(turns.dtype).eps), turns, 0.0)
     kept = [column for column in range(after.shape[-1]) if column not in angles]
     turns[..., kept] = 0.0
     return after - 2 * math.pi * turns

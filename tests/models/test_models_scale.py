@@ -67,6 +67,16 @@ def test_angles_are_apart_the_short_way_round():
     assert torch.equal(near(small, before, [0, 1]), small), "what is near is not touched"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_angle_that_has_diverged_stays_absurd(dtype):
+    far = torch.tensor([[1e7], [-1e7], [1e20], [-torch.inf], [torch.nan]], dtype=dtype)
+    assert torch.equal(near(far, torch.zeros_like(far), [0])[:4], far[:4])
+    assert torch.equal(gathered(far[:, None], [0], torch.zeros(1, 1, dtype=dtype))[:4, 0], far[:4])
+    assert apart(far, torch.zeros_like(far), [0])[4].isnan()
+    many = torch.tensor([[2 * math.pi * 8000 + 0.5]], dtype=dtype)
+    assert torch.allclose(near(many, torch.zeros_like(many), [0]), many.new_tensor([[0.5]]), atol=0.01)
+
+
 def test_angles_are_gathered_about_their_mean_direction():
     many, by = torch.tensor([[[3.0, 3.0]], [[-3.0, -3.0]], [[torch.inf, 1.0]]]), torch.tensor([[2.9, 0.0]])
     got = gathered(many, [0], by)
