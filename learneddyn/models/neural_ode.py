@@ -184,7 +184,7 @@ class NeuralODE(AbstractRegression):
         learned = self.network(torch.cat([x, u], dim=1)) * (self.change[self.free] / self.dt)
         if self._known is not None:
             obs, action = x * self.obs_std + self.obs_mean, u * self.action_std + self.action_mean
-            rate = self._known(obs, action, **self.known_arguments) / self.obs_std
+            rate = self._known(obs, action, **self.known_arguments).to(x) / self.obs_std
             learned = learned + nn.functional.pad(rate, (0, y.shape[1] - x.shape[1]))[:, self.free]
         if not self.positions:
             return learned

@@ -103,6 +103,11 @@ def pull(obs, action, stiffness):
     return torch.stack([obs[:, 1], action[:, 0] - stiffness * obs[:, 0]], dim=1)
 
 
+def exact_pull(obs, action):
+    """The same in float64, as constants of NumPy would make it."""
+    return pull(obs.double(), action.double(), 1.0)
+
+
 def reward_only(obs, action):
     return action
 
@@ -117,6 +122,12 @@ def test_what_is_known_need_not_be_learned(order, learn_reward, tmp_path):
     model.save(tmp_path / "model")
     again = NeuralODE.load(tmp_path / "model").predict(data.obs, data.action).mean
     assert torch.equal(again, model.predict(data.obs, data.action).mean)
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_a_known_part_may_answer_in_float64(solver):
+    model, _ = fitted(log(4, 5), known=f"{__name__}.exact_pull", solver=solver)
+    assert model.predict(torch.ones(2, 2), torch.zeros(2, 1)).mean.dtype == torch.float32
 
 
 def test_the_network_learns_what_is_not_known():
