@@ -71,7 +71,8 @@ class Hybrid(AbstractRegression):
         epochs: of training it.
         learning_rate: of Adam.
         fade: share of the training rows, ordered by the Mahalanobis distance of the MLP's inputs from their mean, up to
-            which the neural residual counts in full; beyond, it falls with the squared distance. None: never.
+            which the neural residual counts in full; beyond, it falls with the squared distance. Columns that are
+            constant in the training data do not count, since nothing tells how far along them is far. None: never.
         learn_reward: add a linear reward head on the same terms (sparse) or an output of the MLP (neural).
         holdout_ratio: share of the rows that measure the noise.
 
@@ -287,8 +288,10 @@ class Hybrid(AbstractRegression):
         nn.init.zeros_(layers[-1].weight)
         x, y = (inputs - self.shift) / self.scale, target / self.output_scale
         if self.fade is not None:
+            varies = (x.std(dim=0, correction=0) > 0.5).to(x)  # 1 by the scale, but of constant columns, which keep 0
             ridge = _RIDGE * torch.eye(x.shape[1], device=x.device)
-            self.precision.copy_(torch.linalg.inv(x.T @ x / len(x) + ridge))
+            seen = x * varies
+            self.precision.copy_(torch.linalg.inv(seen.T @ seen / len(x) + ridge) * varies.outer(varies))
             self.border.copy_(self._distance(x).quantile(self.fade).clamp_min(_RIDGE))
         optimizer = torch.optim.Adam(self.network.parameters(), self.learning_rate)
         history: list[dict[str, float]] = []

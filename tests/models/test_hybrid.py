@@ -104,6 +104,21 @@ def test_far_from_the_data_a_neural_residual_fades_and_its_reward_does_not():
     assert mean.grad.isfinite().all()
 
 
+def test_a_column_that_was_constant_does_not_fade_the_residual():
+    """Its units would decide how far a move along it is; moves along the others count as they did."""
+    data = pairs(300, 0.1, 0.0, 0)
+    data = dataclasses.replace(data, action=torch.full_like(data.action, 0.3))
+    model = Hybrid(**PRIOR | {"prior_arguments": {"dt": 0.1}, "dt": 0.1}, residual="neural", epochs=1, hidden=[8])
+    model.fit(data, rng=generator(0))
+    x = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 500.0], [9.0, 9.0, 0.0]])
+    distance = model._distance(x)
+    assert distance[1] == distance[0]
+    assert distance[2] > 50 * distance[0]
+    assert not model.precision[2].any()
+    assert not model.precision[:, 2].any()
+    assert torch.linalg.matrix_rank(model.precision) == 2
+
+
 def test_increments_are_corrected_for_the_gain():
     """A model that lacks a constant drift: the corrected increments average to the drift, the raw ones to half."""
     rng, drift, noise = generator(0), torch.tensor([0.3, -0.2]), torch.tensor([0.1, 0.1])
