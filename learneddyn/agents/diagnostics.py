@@ -5,7 +5,7 @@
     model/depth_error         root mean squared error of the elites' mean after `DEPTH` open-loop steps
     model/break_even          steps after which the open loop is no better than "nothing changes" (at most `DEPTH`)
     imagined/uncertainty      mean uncertainty of imagined rows (a `learneddyn.core.Penalty`), in the penalty's units
-    imagined/uncertainty_p95  its 95th percentile
+    imagined/uncertainty_p95  its 95th percentile; both are left out for models with memory
     imagined/terminated       share of imagined rows that end their episode
     imagined/return           mean return of `DEPTH` imagined steps of the policy of now, without any penalty
     real/return               mean return of `DEPTH` real steps from the same states, by the policy of the last steps
@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from learneddyn.core import ActionFn, Dynamics, Penalty, State, Transitions
-from learneddyn.models.base import memory_of
+from learneddyn.models.base import AbstractDynamics, memory_of
 from learneddyn.models.windows import remaining
 from learneddyn.world import PENALTIES, Divergence, World, mean
 
@@ -121,6 +121,8 @@ def model_error(dynamics: Dynamics, fresh: Transitions, data: Transitions) -> di
 def imagination_figures(world: World, rows: Transitions, penalty: Penalty | None = None) -> dict[str, float]:
     """Describe imagined rows: how uncertain the model is about them, and how many end an episode.
 
+    A model with memory (`AbstractDynamics.begin`) tells no uncertainty: rows do not hold what it remembered at them.
+
     Args:
         world: that imagined them.
         rows: imagined.
@@ -129,17 +131,18 @@ def imagination_figures(world: World, rows: Transitions, penalty: Penalty | None
     """
     if not len(rows):
         return {}
+    figures = {"imagined/terminated": float(rows.terminated.float().mean())}
+    if isinstance(world.dynamics, AbstractDynamics) and world.dynamics.begin(rows.obs[:1]) is not None:
+        return figures
     usual = "max_pairwise_diff" if world.dynamics.num_members > 1 else "max_aleatoric"
     measure = penalty or world.penalty or PENALTIES[usual]
     some = rows[_some(torch.arange(len(rows), device=rows.device))]
     prediction = world.dynamics.predict(some.obs, some.action)
     member = prediction.elites[0].expand(len(some))
     values = measure(some.obs, some.action, prediction, State(some.next_obs, member))
-    return {
-        "imagined/uncertainty": float(values.mean()),
-        "imagined/uncertainty_p95": float(values.quantile(0.95)),
-        "imagined/terminated": float(rows.terminated.float().mean()),
-    }
+    figures["imagined/uncertainty"] = float(values.mean())
+    figures["imagined/uncertainty_p95"] = float(values.quantile(0.95))
+    return figures
 
 
 @torch.no_grad()

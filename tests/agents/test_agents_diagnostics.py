@@ -17,7 +17,7 @@ from learneddyn.agents.diagnostics import (
     return_gap,
 )
 from learneddyn.core import Outcome, Prediction, Task, Transitions, generator
-from learneddyn.models import ProbabilisticEnsemble
+from learneddyn.models import ProbabilisticEnsemble, RecurrentDynamics
 from learneddyn.spaces import Spaces
 from learneddyn.world import Divergence, ModelDiverged, World, strict
 from learneddyn.world.truth import TruthDynamics
@@ -126,6 +126,14 @@ def test_the_uncertainty_of_a_model_of_one_member_is_the_noise_it_admits():
     alone.num_members, alone.elites = 1, torch.tensor([0])
     figures = imagination_figures(World(alone, TASK), walk())
     assert figures["imagined/uncertainty"] == pytest.approx(2 * math.sqrt(2), rel=1e-5)
+
+
+def test_a_model_with_memory_tells_no_uncertainty_of_rows_without():
+    model = RecurrentDynamics(width=8, window=4, updates=1)
+    model.fit(walk(), rng=generator(0))
+    assert imagination_figures(World(model, TASK), walk(terminated=True)) == {
+        "imagined/terminated": pytest.approx(1 / 30)
+    }
 
 
 def test_an_alarm_rings_once_until_it_is_set_again():
