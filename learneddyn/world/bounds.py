@@ -18,8 +18,8 @@ from learneddyn.world.sampling import SAMPLERS, Sampler
 class Bounded:
     """A sampler around another one: pairs (cosine, sine) are normalised, angles wrapped, then columns are clamped.
 
-    Infinite predictions stay infinite. World folders keep the arguments but the first under ``bounds``, see
-    `learneddyn.envs.save_world`.
+    What is not finite stays what it is, its partner of a pair too: nothing that has diverged looks sound. World folders
+    keep the arguments but the first under ``bounds``, see `learneddyn.envs.save_world`.
 
     Args:
         sampler: a name or a callable, see `learneddyn.world.sampling`.
@@ -91,11 +91,14 @@ class Bounded:
         if self.cosine:
             obs = obs.clone()
             norm = torch.hypot(obs[:, self.cosine], obs[:, self.sine]).clamp_min(1e-6)
+            norm = torch.where(norm.isfinite(), norm, 1.0)
             obs[:, self.cosine] /= norm
             obs[:, self.sine] /= norm
         if self.angles:
             obs = obs.clone()
-            obs[:, self.angles] = (obs[:, self.angles] + math.pi).remainder(2 * math.pi) - math.pi
+            angle = obs[:, self.angles]
+            wrapped = (angle + math.pi).remainder(2 * math.pi) - math.pi
+            obs[:, self.angles] = torch.where(angle.isfinite(), wrapped, angle)
         if self.low is not None and self.high is not None:
             # What has diverged must not look as if it stood at the bound.
             obs = torch.where(obs.isinf(), obs, obs.clamp(self.low.to(obs.device), self.high.to(obs.device)))

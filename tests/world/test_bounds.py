@@ -5,7 +5,7 @@ import pytest
 import torch
 from world_doubles import Shifts
 
-from learneddyn.core import Task, generator
+from learneddyn.core import Outcome, State, Task, generator
 from learneddyn.tasks.endless import never
 from learneddyn.world import Bounded, World
 
@@ -35,6 +35,16 @@ def test_a_prediction_that_has_diverged_does_not_stand_at_the_bound():
     assert bool(stepped(bounded, [0.0, 0.0, 0.0], shift=(9.0, 0.0, 0.0))[1].trusted)
     for broken in (math.inf, -math.inf, math.nan):
         assert not bool(stepped(bounded, [0.0, 0.0, 0.0], shift=(0.0, broken, 0.0))[1].trusted)
+
+
+def test_infinite_pairs_and_angles_stay_infinite():
+    bounded = Bounded("mean", unit_pairs=[(0, 1)], angles=[2])
+    bounded.sampler = lambda state, *_: (state, Outcome(state.obs))
+    broken = torch.tensor([[math.inf, 0.5, -math.inf], [0.5, -math.inf, math.inf], [math.inf, math.inf, 1.0]])
+    state = State(broken, torch.zeros(3, dtype=torch.long))
+    after, outcome = bounded(state, torch.zeros(3, 3), Shifts([[0.0] * 3]), generator(0))
+    torch.testing.assert_close(after.obs, broken)
+    torch.testing.assert_close(outcome.next_obs, broken)
 
 
 def test_arguments_are_json_and_make_the_same_bounds():
