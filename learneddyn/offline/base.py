@@ -88,7 +88,7 @@ class OfflineAlgorithm(BaseAlgorithm):
     nets: ClassVar[dict[str, Any]] = {}
     """The method's arguments of `OfflinePolicy`; ``policy_kwargs`` go before them."""
     from_rewards: ClassVar[bool] = True
-    """Whether the method learns from rewards."""
+    """Whether the method learns from rewards, and so from what follows a step."""
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class OfflineAlgorithm(BaseAlgorithm):
 
     def _take(self, data: Data) -> Transitions:
         """Read and check the data, and take from it the spaces and the scale of rewards."""
-        rows, self.task = read(data, self.task, rewards=self.from_rewards)
+        rows, self.task = read(data, self.task, rewards=self.from_rewards, bootstraps=self.from_rewards)
         rows = rows.to(self.device)
         assert rows.spaces is not None
         spaces = {"observation_space": rows.spaces.observation, "action_space": rows.spaces.action}

@@ -10,7 +10,7 @@ from learneddyn import tasks
 from learneddyn.core import DataError, Task, Transitions
 from learneddyn.data import collect
 from learneddyn.offline import BC, IQL, TD3BC
-from learneddyn.offline.dataset import next_actions, read, return_range, scaled
+from learneddyn.offline.dataset import check, next_actions, read, return_range, scaled
 from learneddyn.spaces import Spaces
 from learneddyn.tasks.endless import never
 
@@ -87,11 +87,35 @@ def test_a_part_of_the_terminal_flags_is_not_enough(log):
         read(half, task)
 
 
+def test_time_limits_among_the_terminal_flags_are_found_by_the_task(log):
+    """``done = terminated | truncated``, stored as terminated."""
+    task = Task("Example-v0", terminated=lambda next_obs: next_obs[:, 0] > 1.2)
+    whole = replace(log, terminated=task.terminated(log.next_obs))
+    limits = (torch.arange(400) % 50 == 49) & ~whole.terminated
+    message = rf"{int(limits.sum())} of them lead to no terminal state of Example-v0 .* look like time limits"
+    with pytest.raises(DataError, match=message):
+        read(replace(whole, terminated=whole.terminated | limits), task)
+    assert int(limits.sum()) > 1
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_one_flag_may_be_rounded_away_in_a_small_log(log, flag):
+    task = Task("Example-v0", terminated=lambda next_obs: next_obs[:, 0] > 1.2)
+    ends = task.terminated(log.next_obs)
+    assert 1 < int(ends.sum()) < 100
+    row = int((ends != flag).nonzero()[0])
+    read(replace(log, terminated=torch.where(torch.arange(400) == row, torch.tensor(flag), ends)), task)
+    lone = replace(log, terminated=torch.zeros_like(ends), obs=-log.obs.abs(), next_obs=-log.next_obs.abs())
+    lone.next_obs[7, 0] = 2.0
+    with pytest.raises(DataError, match="flags no termination, but 1 more"):
+        read(lone, task)
+
+
 def test_missing_terminal_flags_are_found_by_the_lengths_of_episodes(log):
     """Where observations do not show terminations: a limit makes equal lengths, a failure different ones."""
     task, bare = Task("Example-v0", max_episode_steps=50), replace(log, terminated=torch.zeros_like(log.terminated))
     assert len(log.episode.unique(return_counts=True)[1].unique()) > 2
-    with pytest.raises(DataError, match=r"flags no termination, but \d+ of its .* before the time limit .* 50 steps"):
+    with pytest.raises(DataError, match=r"flags no termination, but \d+ of its .* limit .* 50 steps.*endless\.never"):
         read(bare, task)
     read(replace(bare, episode=torch.arange(400) // 30), task)
     read(bare, Task("Example-v0", max_episode_steps=5))
@@ -105,6 +129,9 @@ def test_steps_that_all_cost_the_same_can_be_learned_from(log):
     assert read(costly) == (costly, None)
 
 
+ACTION = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+
 def drift(steps: int, copied: bool, terminated: bool = False) -> Transitions:
     """Episodes of 20 steps up from 0; ``copied``: the last next_obs is the first observation of the next episode."""
     rng = torch.Generator().manual_seed(0)
@@ -114,7 +141,7 @@ def drift(steps: int, copied: bool, terminated: bool = False) -> Transitions:
     if copied:
         after[:-1, -1] = before[1:, 0]
     last = torch.arange(steps) % 20 == 19
-    spaces = Spaces(gym.spaces.Box(-np.inf, np.inf, (3,), np.float32), gym.spaces.Box(-1.0, 1.0, (1,), np.float32))
+    spaces = Spaces(gym.spaces.Box(-np.inf, np.inf, (3,), np.float32), ACTION)
     columns = before.reshape(-1, 3), torch.zeros(steps, 1), before.sum(2).flatten(), after.reshape(-1, 3)
     return Transitions(*columns, last & terminated, torch.arange(steps) // 20, spaces)
 
@@ -130,8 +157,40 @@ def test_time_outs_that_lead_to_the_next_episode_are_found():
     read(replace(one, obs=stream[:-1].contiguous(), next_obs=stream[1:].contiguous()))
 
 
+def test_goals_that_change_between_episodes_are_no_time_out_bug():
+    """The state goes on, and the last next_obs holds the goal that has been drawn anew."""
+    stream, spaces = torch.linspace(0, 200, 201)[:, None], Spaces(gym.spaces.Box(-np.inf, np.inf, (2,)), ACTION)
+    goal = torch.arange(200)[:, None] // 20
+    after = torch.cat((goal[1:], goal[-1:] + 1))
+    obs, next_obs = torch.cat((stream[:-1], goal), 1), torch.cat((stream[1:], after), 1)
+    rows = replace(drift(200, copied=True), obs=obs, next_obs=next_obs, spaces=spaces)
+    read(rows)
+    read(replace(rows, obs=obs[:, [1, 1]], next_obs=next_obs[:, [1, 1]]))  # nothing moves within an episode
+
+
+def test_resets_are_found_in_columns_that_jitter():
+    """HalfCheetah's velocities: no single jump is larger than steps are, but all episodes begin alike."""
+    rng = torch.Generator().manual_seed(0)
+    stream = torch.randn(2001, 17, generator=rng)
+    spaces = Spaces(gym.spaces.Box(-np.inf, np.inf, (17,)), ACTION)
+    rows = replace(drift(2000, copied=True), obs=stream[:-1].clone(), next_obs=stream[1:].clone(), spaces=spaces)
+    for length in (20, 100, 300):
+        read(replace(rows, episode=torch.arange(2000) // length))
+        begun = stream * torch.where(torch.arange(2001) % length == 0, 0.1, 1.0)[:, None]
+        with pytest.raises(DataError, match="first observation of the next one"):
+            read(replace(rows, episode=torch.arange(2000) // length, obs=begun[:-1], next_obs=begun[1:]))
+
+
 def test_cloning_needs_no_rewards(log):
     BC("MlpPolicy", spoilt(log, "equal rewards"), device="cpu")
+
+
+def test_cloning_needs_neither_time_outs_nor_terminal_flags(log):
+    task = Task("Example-v0", terminated=lambda next_obs: next_obs[:, 0] > 1.2)
+    BC("MlpPolicy", replace(log, terminated=torch.zeros_like(log.terminated)), task=task, device="cpu")
+    BC("MlpPolicy", drift(200, copied=True), device="cpu")
+    with pytest.raises(DataError, match="of the next one"):
+        check(drift(200, copied=True), rewards=False)  # fitted Q evaluation
 
 
 def test_returns_that_are_all_equal_cannot_scale_rewards(log):
