@@ -23,10 +23,11 @@ the task wherever the observation determines them, else from the model's heads; 
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from stable_baselines3.common.callbacks import BaseCallback
@@ -160,7 +161,7 @@ class OfflineMBPO(OfflineSAC):
         self.filter_draws, self.filter_limit = filter_draws, filter_limit
         self.least_dynamics_reward = least_dynamics_reward
         self._log_figures: dict[str, float] = {}
-        self._measured: dict[str, float] = {}
+        self._measured: dict[str, Sequence[float]] = {}  # the value, then `_fingerprint` of the log it belongs to
         self._reward_card: Json | None = None  # of a saved agent; empty if its dynamics reward is a plain function
         self.pessimism, self.halt_offset = pessimism, halt_offset
         self.inconsistency, self.inconsistency_draws, self.clip_target = inconsistency, inconsistency_draws, clip_target
@@ -214,7 +215,11 @@ class OfflineMBPO(OfflineSAC):
         if self.model is not None:
             for penalty in (self.penalty, "max_pairwise_diff") if self.pessimism else (self.penalty,):
                 require_members(PENALTIES[penalty] if isinstance(penalty, str) else penalty, self.model.num_members)
+            if self.inconsistency:
+                _check_elites(getattr(self.model, "num_elites", self.model.num_members))
         _check_heads(self.model, self.task)
+        if weight_rule.factor(self.penalty_weight) is not None:
+            weight_rule.median_reward(self.penalty_weight, rows)
         mean = float(rows.reward.mean()) + self.reward_shift
         if self.clip_target and mean < 0:
             warnings.warn(
@@ -277,10 +282,13 @@ class OfflineMBPO(OfflineSAC):
         )
 
     def _once(self, name: str, measure: Callable[[], float]) -> float:
-        """Return what was measured on log and model when learning began: RAMBO alters its model while it learns."""
-        if name not in self._measured:
-            self._measured[name] = measure()
-        return self._measured[name]
+        """Return what was measured on this log and the model when learning began: RAMBO alters its model meanwhile."""
+        log, (value, *measured_on) = _fingerprint(self.rows), self._measured.get(name, (math.nan,))
+        # Another device or number of threads adds in another order.
+        if len(measured_on) != len(log) or not np.allclose(log, measured_on, rtol=1e-9, atol=1e-6):
+            value = measure()
+            self._measured[name] = (value, *log)
+        return value
 
     def _warn_of_a_way_out(self, paid: float, cure: str) -> None:
         """Warn where a halt, which pays ``paid`` and ends all, is worth more than to go on as the log does."""
@@ -354,8 +362,8 @@ class OfflineMBPO(OfflineSAC):
         judge = self.dynamics_reward
         if isinstance(judge, DynamicsReward) and judge.spaces != self.rows.spaces:
             raise ValueError(f"the dynamics reward was learned on {judge.spaces}, the data has {self.rows.spaces}")
-        if self.inconsistency and len(model.elites) < 2:
-            raise ValueError(f"inconsistency compares elites and needs at least 2, the model has {len(model.elites)}")
+        if self.inconsistency:
+            _check_elites(len(model.elites))
 
     @torch.no_grad()
     def imagine(self) -> Transitions:
@@ -435,6 +443,16 @@ class OfflineMBPO(OfflineSAC):
         modules, tensors = super()._get_torch_save_params()
         own = [name for name in ("model", "dynamics_reward") if isinstance(getattr(self, name), AbstractModel)]
         return [*modules, *own], tensors
+
+
+def _fingerprint(rows: Transitions) -> tuple[float, ...]:
+    """Return the number of rows and their sums of rewards and observations: enough to tell one log from another."""
+    return float(len(rows)), float(rows.reward.sum(dtype=torch.float64)), float(rows.obs.sum(dtype=torch.float64))
+
+
+def _check_elites(elites: int) -> None:
+    if elites < 2:
+        raise ValueError(f"inconsistency compares elites and needs at least 2, the model has {elites}")
 
 
 def _check_heads(model: object, task: Task) -> None:

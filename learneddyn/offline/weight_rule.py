@@ -51,14 +51,26 @@ def weight_of(rule: float | str, model: Dynamics, data: Transitions, penalty: Pe
     share = factor(rule)
     if share is None:
         return float(rule)
-    reward, doubt = float(data.reward.abs().median()), float(penalties_of(model, data, penalty).median())
-    for name, value in (("|reward|", reward), ("uncertainty", doubt)):
-        if not 0 < value < float("inf"):
-            raise DataError(
-                f"{rule!r} needs a positive median of {name} over the log, which is {value:g}: pass a number as "
-                "penalty_weight"
-            )
-    return share * reward / doubt
+    doubt = _positive(rule, "uncertainty", float(penalties_of(model, data, penalty).median()))
+    return share * median_reward(rule, data) / doubt
+
+
+def median_reward(rule: float | str, data: Transitions) -> float:
+    """Return the median of |r| over the log, which a rule takes for its unit.
+
+    Raises:
+        DataError: it is 0.
+    """
+    return _positive(rule, "|reward|", float(data.reward.abs().median()))
+
+
+def _positive(rule: float | str, name: str, median: float) -> float:
+    if not 0 < median < float("inf"):
+        raise DataError(
+            f"{rule!r} needs a positive median of {name} over the log, which is {median:g}: pass a number as "
+            "penalty_weight"
+        )
+    return median
 
 
 @torch.no_grad()

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -46,6 +48,12 @@ def one_thread():
 def log() -> Transitions:
     """3 observation columns, 2 actions in [-1, 1], many short episodes, some of them terminated."""
     return example_transitions(400)
+
+
+@pytest.fixture(scope="session")
+def endless(log) -> Transitions:
+    """The same rows of episodes that are cut, not terminated."""
+    return replace(log, terminated=torch.zeros_like(log.terminated))
 
 
 @pytest.fixture(scope="session")

@@ -126,10 +126,10 @@ def test_inconsistency_of_one_elite_apart(log, model):
     assert bellman_inconsistency(policy, outside, generator(2), 1).abs().max() < 1e-6  # only elites are asked
 
 
-def test_cut_rollouts_are_not_terminated(log, model):
+def test_cut_rollouts_are_not_terminated(endless, model):
     """Every start gives ``horizon`` rows where nothing terminates, and none of them is an end."""
     task = Task("Example-v0", terminated=never)
-    agent = OfflineMBPO("MlpPolicy", log, model=model, task=task, reward_shift=1.0, reward_scale=0.5, **SMALL)
+    agent = OfflineMBPO("MlpPolicy", endless, model=model, task=task, reward_shift=1.0, reward_scale=0.5, **SMALL)
     agent.learn(1)
     rows = agent.imagine()
     assert len(rows) == 60 * 3
@@ -138,7 +138,7 @@ def test_cut_rollouts_are_not_terminated(log, model):
     torch.testing.assert_close(kept.reward, (rows.reward + 1) * 0.5)
     assert kept.action.abs().max() <= 1
     starts = rows.obs.view(60, 3, 3)[:, 0]
-    assert all(bool((log.obs == start).all(1).any()) for start in starts)
+    assert all(bool((endless.obs == start).all(1).any()) for start in starts)
 
 
 def test_rollouts_stop_where_the_task_terminates(log, model):
@@ -149,25 +149,27 @@ def test_rollouts_stop_where_the_task_terminates(log, model):
     assert agent.imagined.unpack(agent.imagined.rows()).terminated.all()
 
 
-def test_pessimism_halts_where_members_disagree(log, model):
+def test_pessimism_halts_where_members_disagree(endless, model):
     """Nowhere on the log with c = 1, everywhere on it with a large c, and a tiny c changes nothing at all."""
     task = Task("Example-v0", terminated=never)
     shared = {**SMALL, "model": model, "task": task, "entropy_backup": True}
     halted = {}
     for c in (1.0, 1e9):
-        agent = MOReL("MlpPolicy", log, pessimism=c, halt_offset=-7.0, **shared).learn(1)
-        _, step = agent.world.step(State(log.obs, model.elites[:1].expand(len(log))), log.action, generator(0))
+        agent = MOReL("MlpPolicy", endless, pessimism=c, halt_offset=-7.0, **shared).learn(1)
+        _, step = agent.world.step(
+            State(endless.obs, model.elites[:1].expand(len(endless))), endless.action, generator(0)
+        )
         halted[c] = float(step.terminated.float().mean())
         assert step.trusted.all()
-        price = float(log.reward.min()) - 7
+        price = float(endless.reward.min()) - 7
         torch.testing.assert_close(step.reward[step.terminated], torch.full((int(step.terminated.sum()),), price))
     assert halted == {1.0: 0.0, 1e9: 1.0}
-    far = State(log.obs + 20.0, model.elites[:1].expand(len(log)))
-    cautious = MOReL("MlpPolicy", log, pessimism=3.0, **shared).learn(1)
-    _, step = cautious.world.step(far, log.action, generator(0))
+    far = State(endless.obs + 20.0, model.elites[:1].expand(len(endless)))
+    cautious = MOReL("MlpPolicy", endless, pessimism=3.0, **shared).learn(1)
+    _, step = cautious.world.step(far, endless.action, generator(0))
     assert step.terminated.float().mean() > 0.8
     trusting, plain = (
-        kind("MlpPolicy", log, **extra, **shared).learn(6)
+        kind("MlpPolicy", endless, **extra, **shared).learn(6)
         for kind, extra in (
             (MOReL, {"pessimism": 1e-9}),
             (OfflineMBPO, {}),
@@ -307,12 +309,36 @@ def test_what_compares_members_is_refused_for_a_model_of_one_before_it_is_fitted
         learner("MlpPolicy", log, model=ProbabilisticEnsemble(1, 1), **(SMALL | argument))
 
 
-def test_a_model_without_the_heads_that_the_task_needs_is_refused_before_it_is_fitted(log):
+def test_inconsistency_and_weight_rules_are_refused_before_the_model_is_fitted(log):
+    with pytest.raises(ValueError, match="inconsistency compares elites and needs at least 2, the model has 1"):
+        MOBILE("MlpPolicy", log, model=ProbabilisticEnsemble(5, 1), **SMALL)
+    sparse = replace(log, reward=log.reward * (torch.arange(len(log)) % 3 == 0))
+    with pytest.raises(DataError, match=r"needs a positive median of \|reward\|"):
+        MOPO("MlpPolicy", sparse, penalty_weight="quantile:1", **SMALL)
+
+
+def test_what_was_measured_on_one_log_is_not_taken_for_another(log, model, tmp_path):
+    """The weight by a rule and MOReL's discrepancy; on the same log they are those of when learning began."""
+    agent = OfflineMBPO("MlpPolicy", log, model=model, penalty_weight="quantile:1", pessimism=1.0, **SMALL).learn(1)
+    agent.save(tmp_path / "agent")
+    other = replace(log, obs=log.obs + 3, reward=5 * log.reward)
+    fresh = OfflineMBPO("MlpPolicy", other, model=model, penalty_weight="quantile:1", pessimism=1.0, **SMALL).learn(1)
+    for data, wanted in ((log, agent), (other, fresh)):
+        loaded = OfflineMBPO.load(tmp_path / "agent", data=data, device="cpu")
+        with torch.no_grad():
+            for weight in loaded.model.weights if data is log else ():
+                weight.mul_(2)  # as RAMBO would
+        loaded.learn(1, reset_num_timesteps=False)
+        assert loaded.world.penalty_weight == pytest.approx(wanted.world.penalty_weight)
+        assert loaded.world.trust.threshold == pytest.approx(wanted.world.trust.threshold)
+
+
+def test_a_model_without_the_heads_that_the_task_needs_is_refused_before_it_is_fitted(endless):
     """With data and, as a sweep asks, without; a model with the heads or a task with the functions passes."""
     told = Task("Example-v0", reward=lambda obs, action, after: action[:, 0], terminated=never)
     for what, task in (("reward", replace(told, reward=None)), ("termination", replace(told, terminated=None))):
         lacking, having = ProbabilisticEnsemble(), ProbabilisticEnsemble(**{f"learn_{what}": True})
-        for data in (log, None):
+        for data in (endless, None):
             given = {**SMALL, "task": task, "_init_setup_model": data is not None}
             with pytest.raises(ValueError, match=f"no {what} head: fit it with learn_{what}=True"):
                 MOPO("MlpPolicy", data, model=lacking, **given)
@@ -330,17 +356,17 @@ def test_the_design_choices_preset_goes_with_tasks_of_which_the_model_must_learn
     assert len(agent.imagined) > 0
 
 
-def test_the_truth_imagines_too(log, tmp_path):
+def test_the_truth_imagines_too(endless, tmp_path):
     """A model that is no AbstractDynamics is not saved, and is asked for when learning goes on."""
-    still = Still(log.spaces)
+    still = Still(endless.spaces)
     task = Task("Example-v0", reward=lambda obs, action, after: action[:, 0], terminated=never)
-    agent = MOBILE("MlpPolicy", log, model=still, task=task, inconsistency=0.0, **SMALL).learn(2)
+    agent = MOBILE("MlpPolicy", endless, model=still, task=task, inconsistency=0.0, **SMALL).learn(2)
     pool = agent.imagined.unpack(agent.imagined.rows())
     assert torch.equal(pool.obs, pool.next_obs)
     agent.save(tmp_path / "agent")
     with pytest.raises(ValueError, match="saved without its model"):
-        MOBILE.load(tmp_path / "agent", data=log, task=task, device="cpu").learn(1)
-    MOBILE.load(tmp_path / "agent", data=log, task=task, model=still, device="cpu").learn(1)
+        MOBILE.load(tmp_path / "agent", data=endless, task=task, device="cpu").learn(1)
+    MOBILE.load(tmp_path / "agent", data=endless, task=task, model=still, device="cpu").learn(1)
 
 
 def test_whether_rollouts_end_must_be_known(log):

@@ -41,24 +41,24 @@ def test_units_do_not_matter(log, model):
     assert weight_of("quantile:0", model, log, penalty) == 0.0
 
 
-def test_the_agent_tells_the_rule_and_the_number(log, model, listen, tmp_path):
-    ruled = MOPO("MlpPolicy", log, model=model, task=TASK, penalty="ensemble_std", penalty_weight="quantile:1.0",
+def test_the_agent_tells_the_rule_and_the_number(endless, model, listen, tmp_path):
+    ruled = MOPO("MlpPolicy", endless, model=model, task=TASK, penalty="ensemble_std", penalty_weight="quantile:1.0",
                  seed=0, **SMALL)  # fmt: skip
     lines = listen(ruled)
     ruled.learn(3, log_interval=10)
-    weight = weight_of("quantile:1.0", model, log, PENALTIES["ensemble_std"])
+    weight = weight_of("quantile:1.0", model, endless, PENALTIES["ensemble_std"])
     assert ruled.world.penalty_weight == pytest.approx(weight)
     told = lines[-1]
     assert ruled.penalty_rule == f"quantile:1.0 -> {weight:.4g}"
     assert told["imagined/penalty_rule"] == ruled.penalty_rule
     assert told["imagined/penalty_weight"] == pytest.approx(weight)
-    plain = MOPO("MlpPolicy", log, model=model, task=TASK, penalty="ensemble_std", penalty_weight=weight, seed=0,
+    plain = MOPO("MlpPolicy", endless, model=model, task=TASK, penalty="ensemble_std", penalty_weight=weight, seed=0,
                  **SMALL).learn(3)  # fmt: skip
     assert plain.penalty_rule == f"{weight:.4g}"
     for one, other in zip(ruled.policy.parameters(), plain.policy.parameters(), strict=True):
         assert torch.equal(one, other)
     ruled.save(tmp_path / "agent")
-    loaded = MOPO.load(tmp_path / "agent", data=log, task=TASK, device="cpu")
+    loaded = MOPO.load(tmp_path / "agent", data=endless, task=TASK, device="cpu")
     assert loaded.penalty_weight == "quantile:1.0"
     assert loaded.learn(1, reset_num_timesteps=False).world.penalty_weight == pytest.approx(weight)
 
