@@ -24,15 +24,15 @@ def test_refused_steps_are_counted_until_they_are_told():
     assert halting.share() == 0.0
 
 
-def test_morel_logs_its_halt_rate(log, listen):
+def test_morel_logs_its_halt_rate(endless, listen):
     """Where no row is terminated by the task, the halts are the rows that are."""
     model = ProbabilisticEnsemble(num_members=3, num_elites=3, hidden=[16], max_epochs=2, learn_reward=True)
-    model.fit(log, rng=generator(0))
+    model.fit(endless, rng=generator(0))
     shared = {"policy_kwargs": {"net_arch": (8,)}, "batch_size": 20, "rollout_batch": 50, "device": "cpu", "seed": 0}
     shared |= {"model": model, "task": Task("Example-v0", terminated=never), "horizon": 3}
     lines = []
     for kind, own in ((MOReL, {"pessimism": 2.0}), (MOPO, {})):
-        agent = kind("MlpPolicy", log, **own, **shared)
+        agent = kind("MlpPolicy", endless, **own, **shared)
         told = listen(agent)
         agent.learn(1)
         lines.append((agent, told[0]))

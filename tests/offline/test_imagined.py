@@ -81,27 +81,27 @@ def test_it_is_written_with_its_provenance(agent, model, datasets, tmp_path):
     BC("MlpPolicy", "dream/pendulum-v0", task="Pendulum-v1", seed=0, device="cpu").learn(2)
 
 
-def test_what_chose_and_what_halted_are_written(log, datasets):
+def test_what_chose_and_what_halted_are_written(endless, datasets):
     """MOREC's dynamics reward and filter, MOReL's discrepancy, each with its threshold and what a halt pays."""
     task = Task("Example-v0", terminated=never)
     heads = ProbabilisticEnsemble(num_members=3, num_elites=2, hidden=[16], max_epochs=2, learn_reward=True)
     judge = DynamicsReward(snapshots=2, updates=5, hidden=(8,), generator_hidden=(8,), warm_up=1, batch_size=16)
     shared = {"task": task, "model": heads, "seed": 0} | SMALL
-    morec = MOREC("MlpPolicy", log, dynamics_reward=judge, filter_limit=9.0, **shared).learn(1)
+    morec = MOREC("MlpPolicy", endless, dynamics_reward=judge, filter_limit=9.0, **shared).learn(1)
     save_imagined(morec, "dream/morec-v0")
     card = logs.read_provenance("dream/morec-v0")
     assert card["sampler"] == "learneddyn.offline.transition_filter.TransitionFilter"
     reward = {"class": "learneddyn.offline.dynamics_reward.DynamicsReward", "sha256": judge.digest()}
     assert card["filter"] == {"dynamics_reward": reward, "temperature": 0.1, "draws": 2, "limit": 9.0}
-    least = float(judge(log.obs, log.action, log.next_obs).quantile(0.01))
+    least = float(judge(endless.obs, endless.action, endless.next_obs).quantile(0.01))
     halt = {"rule": "dynamics reward below", "reward": "kept", "least_dynamics_reward": "quantile:0.01"}
     assert card["halt"] == halt | {"threshold": pytest.approx(least)}
     rows = imagined_log(morec)
     assert bool(rows.terminated.any())
     assert torch.equal(rows.terminated, judge(rows.obs, rows.action, rows.next_obs) < card["halt"]["threshold"])
-    morel = MOReL("MlpPolicy", log, pessimism=2.0, halt_offset=-3.0, **shared).learn(1)
-    halt = {"rule": "max_pairwise_diff above", "threshold": pytest.approx(discrepancy(heads, log) / 2)}
-    halt |= {"reward": pytest.approx(float(log.reward.min()) - 3), "pessimism": 2.0}
+    morel = MOReL("MlpPolicy", endless, pessimism=2.0, halt_offset=-3.0, **shared).learn(1)
+    halt = {"rule": "max_pairwise_diff above", "threshold": pytest.approx(discrepancy(heads, endless) / 2)}
+    halt |= {"reward": pytest.approx(float(endless.reward.min()) - 3), "pessimism": 2.0}
     assert provenance(morel)["halt"] == halt
     assert (provenance(morel)["sampler"], provenance(morel)["filter"]) == ("elite", None)
 

@@ -26,21 +26,21 @@ def model(request, log):
     return built
 
 
-def test_an_imagined_first_step_is_that_of_the_remembered_row(model, log):
-    agent = OfflineMBPO("MlpPolicy", log, model=model, sampler="mean", **SMALL).learn(1)
+def test_an_imagined_first_step_is_that_of_the_remembered_row(model, endless):
+    agent = OfflineMBPO("MlpPolicy", endless, model=model, sampler="mean", **SMALL).learn(1)
     rows = agent.imagine()
     rows = rows[rows.positions() == 0]
-    at = (rows.obs[:, None] == log.obs).all(dim=2).long().argmax(dim=1)
-    assert torch.equal(log.obs[at], rows.obs)
-    assert (log.positions()[at] > 0).any(), "some rollouts start within an episode"
-    wanted = model.predict(rows.obs, rows.action, model.remembered(log)[at])
+    at = (rows.obs[:, None] == endless.obs).all(dim=2).long().argmax(dim=1)
+    assert torch.equal(endless.obs[at], rows.obs)
+    assert (endless.positions()[at] > 0).any(), "some rollouts start within an episode"
+    wanted = model.predict(rows.obs, rows.action, model.remembered(endless)[at])
     torch.testing.assert_close(rows.next_obs, wanted.mean[0])
     blank = model.predict(rows.obs, rows.action).mean[0]
     assert (rows.next_obs - blank).abs().max() > 1e-4, "what is remembered plays a part"
 
 
-def test_rambo_refuses_a_model_with_memory(log):
+def test_rambo_refuses_a_model_with_memory(endless):
     model = KINDS["gru"]()
-    model.fit(log, rng=generator(0))
+    model.fit(endless, rng=generator(0))
     with pytest.raises(ValueError, match="RecurrentDynamics must keep no memory here"):
-        RAMBO("MlpPolicy", log, model=model, **SMALL).learn(1)
+        RAMBO("MlpPolicy", endless, model=model, **SMALL).learn(1)

@@ -511,54 +511,54 @@ def test_arguments_of_the_filter(argument, message):
 # --- the agents -------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_choice_it_is_the_base_method(log, model):
+def test_without_a_choice_it_is_the_base_method(endless, model):
     """One elite, one draw, nothing halted: MOREC is MBPO, and on MOBILE it is MOBILE, bit for bit."""
     shared = {**SMALL, "model": only_first(model), "task": ENDLESS}
     morec = {"dynamics_reward": indifferent, "filter_draws": 1, "least_dynamics_reward": 0.0}
-    base = OfflineMBPO("MlpPolicy", log, sampler="tsinf", **shared).learn(9)
-    agent = MOREC("MlpPolicy", log, penalty_weight=0.0, **morec, **shared).learn(9)
+    base = OfflineMBPO("MlpPolicy", endless, sampler="tsinf", **shared).learn(9)
+    agent = MOREC("MlpPolicy", endless, penalty_weight=0.0, **morec, **shared).learn(9)
     assert torch.equal(weights(base), weights(agent))
     mobile, filtered = (
-        kind("MlpPolicy", log, inconsistency=0.0, **extra, **shared).learn(9)
+        kind("MlpPolicy", endless, inconsistency=0.0, **extra, **shared).learn(9)
         for kind, extra in ((MOBILE, {"sampler": "tsinf"}), (MORECMOBILE, morec))
     )
     assert torch.equal(weights(mobile), weights(filtered))
-    choosing = MOREC("MlpPolicy", log, penalty_weight=0.0, **(morec | {"filter_draws": 2}), **shared).learn(9)
+    choosing = MOREC("MlpPolicy", endless, penalty_weight=0.0, **(morec | {"filter_draws": 2}), **shared).learn(9)
     assert not torch.equal(weights(base), weights(choosing))
 
 
-def test_a_least_reward_above_all_ends_every_rollout_at_once(log, model):
+def test_a_least_reward_above_all_ends_every_rollout_at_once(endless, model):
     """Every row has d = 1 after one step, and still pays its own reward, penalty included."""
     shared = {**SMALL, "model": model, "task": ENDLESS, "dynamics_reward": indifferent}
-    agent = MOREC("MlpPolicy", log, least_dynamics_reward=0.71, penalty_weight=2.0, **shared)
+    agent = MOREC("MlpPolicy", endless, least_dynamics_reward=0.71, penalty_weight=2.0, **shared)
     with pytest.warns(UserWarning, match=r"100% of the logged steps have a dynamics reward below .* = 0\.71"):
         agent.learn(1)
     pool = agent.imagined.unpack(agent.imagined.rows())
     assert len(pool.reward) == 60
     assert pool.terminated.all()
-    state = State(log.obs, model.elites[:1].expand(len(log)))
-    after, step = agent.world.step(state, log.action, generator(0))
+    state = State(endless.obs, model.elites[:1].expand(len(endless)))
+    after, step = agent.world.step(state, endless.action, generator(0))
     assert step.trusted.all()
     choose, rng = agent.world.sampler, generator(0)
-    _, outcome = choose(state, log.action, model, rng)
-    penalty = agent.world.penalty(log.obs, log.action, model.predict(log.obs, log.action), after)
+    _, outcome = choose(state, endless.action, model, rng)
+    penalty = agent.world.penalty(endless.obs, endless.action, model.predict(endless.obs, endless.action), after)
     torch.testing.assert_close(step.reward, outcome.reward - 2 * penalty)
-    going = MOREC("MlpPolicy", log, least_dynamics_reward=0.69, **shared).learn(1)
+    going = MOREC("MlpPolicy", endless, least_dynamics_reward=0.69, **shared).learn(1)
     pool = going.imagined.unpack(going.imagined.rows())
     assert len(pool.reward) == 3 * 60
     assert not pool.terminated.any()
 
 
-def test_the_threshold_is_a_quantile_of_the_log(log, model, learned, listen):
+def test_the_threshold_is_a_quantile_of_the_log(endless, model, learned, listen):
     """By default one logged step in a hundred lies below it, whatever r^D; a number is taken as it is."""
-    rewards = judged(learned, log)
-    rule = threshold_of("quantile:0.01", learned, log)
+    rewards = judged(learned, endless)
+    rule = threshold_of("quantile:0.01", learned, endless)
     assert rule.least == pytest.approx(float(rewards.quantile(0.01)))
-    assert rule.below == pytest.approx(0.01, abs=1 / len(log))
+    assert rule.below == pytest.approx(0.01, abs=1 / len(endless))
     assert rule.mean == pytest.approx(float(rewards.mean()), abs=1e-6)
-    assert threshold_of(0.7, indifferent, log) == Threshold(0.7, 0.0, pytest.approx(0.7))
-    assert threshold_of("quantile:0.5", indifferent, log).below == 0.0
-    agent = MOREC("MlpPolicy", log, model=model, task=ENDLESS, dynamics_reward=learned, **SMALL)
+    assert threshold_of(0.7, indifferent, endless) == Threshold(0.7, 0.0, pytest.approx(0.7))
+    assert threshold_of("quantile:0.5", indifferent, endless).below == 0.0
+    agent = MOREC("MlpPolicy", endless, model=model, task=ENDLESS, dynamics_reward=learned, **SMALL)
     told = listen(agent)
     agent.learn(1)
     assert told[0]["imagined/least_dynamics_reward"] == pytest.approx(rule.least)
@@ -576,20 +576,20 @@ def test_a_threshold_that_is_none(log, rule):
         MOREC("MlpPolicy", log, task=ENDLESS, least_dynamics_reward=rule, **SMALL)
 
 
-def test_candidates_are_clipped_to_the_limit(log, model):
+def test_candidates_are_clipped_to_the_limit(endless, model):
     tight = {"dynamics_reward": indifferent, "filter_limit": 0.25, "horizon": 1}
-    agent = MOREC("MlpPolicy", log, model=model, task=ENDLESS, **(SMALL | tight)).learn(1)
+    agent = MOREC("MlpPolicy", endless, model=model, task=ENDLESS, **(SMALL | tight)).learn(1)
     pool = agent.imagined.unpack(agent.imagined.rows())
     assert pool.next_obs.abs().max() == 0.25
 
 
-def test_its_reward_is_learned_once_and_travels_with_the_agent(log, model, listen, tmp_path):
+def test_its_reward_is_learned_once_and_travels_with_the_agent(endless, model, listen, tmp_path):
     reward = DynamicsReward(**QUICK)
-    agent = MORECMOBILE("MlpPolicy", log, model=model, task=ENDLESS, dynamics_reward=reward, **SMALL)
+    agent = MORECMOBILE("MlpPolicy", endless, model=model, task=ENDLESS, dynamics_reward=reward, **SMALL)
     told = listen(agent)
     agent.learn(2, log_interval=1)
-    assert reward.spaces == log.spaces
-    once = judged(reward, log)
+    assert reward.spaces == endless.spaces
+    once = judged(reward, endless)
     for name in (
         "dynamics_reward/log_reward",
         "imagined/dynamics_reward",
@@ -599,36 +599,36 @@ def test_its_reward_is_learned_once_and_travels_with_the_agent(log, model, liste
         assert math.isfinite(told[0][name])
     assert 0 < told[0]["imagined/choice_entropy"] <= math.log(6) + 1e-5
     agent.learn(2)
-    assert torch.equal(judged(reward, log), once)
+    assert torch.equal(judged(reward, endless), once)
     agent.save(tmp_path / "agent")
-    loaded = MORECMOBILE.load(tmp_path / "agent", data=log, task=ENDLESS, device="cpu")
-    assert torch.equal(judged(loaded.dynamics_reward, log), once)
+    loaded = MORECMOBILE.load(tmp_path / "agent", data=endless, task=ENDLESS, device="cpu")
+    assert torch.equal(judged(loaded.dynamics_reward, endless), once)
     loaded.learn(2, reset_num_timesteps=False)
-    check_policy(loaded, log.spaces)
-    plain = MOREC("MlpPolicy", log, model=model, task=ENDLESS, dynamics_reward=indifferent, **SMALL).learn(1)
+    check_policy(loaded, endless.spaces)
+    plain = MOREC("MlpPolicy", endless, model=model, task=ENDLESS, dynamics_reward=indifferent, **SMALL).learn(1)
     plain.save(tmp_path / "plain")
     with pytest.raises(ValueError, match="saved without its dynamics reward"):
-        MOREC.load(tmp_path / "plain", data=log, task=ENDLESS, device="cpu").learn(1)
-    MOREC.load(tmp_path / "plain", data=log, task=ENDLESS, dynamics_reward=indifferent, device="cpu").learn(1)
+        MOREC.load(tmp_path / "plain", data=endless, task=ENDLESS, device="cpu").learn(1)
+    MOREC.load(tmp_path / "plain", data=endless, task=ENDLESS, dynamics_reward=indifferent, device="cpu").learn(1)
 
 
-def test_a_loaded_agent_goes_on_bit_equal(log, model, learned, tmp_path):
+def test_a_loaded_agent_goes_on_bit_equal(endless, model, learned, tmp_path):
     """Where the next update imagines anew and replaces all imagined rows, which are not saved."""
     shared = {**SMALL, "model": model, "task": ENDLESS, "dynamics_reward": learned, "least_dynamics_reward": 0.0}
-    agent = MOREC("MlpPolicy", log, retain=1, **shared).learn(8)
+    agent = MOREC("MlpPolicy", endless, retain=1, **shared).learn(8)
     agent.save(tmp_path / "agent")
     agent.learn(6, reset_num_timesteps=False)
-    loaded = MOREC.load(tmp_path / "agent", data=log, task=ENDLESS, device="cpu")
+    loaded = MOREC.load(tmp_path / "agent", data=endless, task=ENDLESS, device="cpu")
     loaded.learn(6, reset_num_timesteps=False)
     assert torch.equal(weights(agent), weights(loaded))
 
 
-def test_what_does_not_go_together(log, model, learned):
+def test_what_does_not_go_together(endless, model, learned):
     with pytest.raises(ValueError, match="leave sampler at 'elite' and pessimism at 0, got 'ts1' and 0"):
-        MOREC("MlpPolicy", log, model=model, task=ENDLESS, sampler="ts1", **SMALL)
+        MOREC("MlpPolicy", endless, model=model, task=ENDLESS, sampler="ts1", **SMALL)
     with pytest.raises(ValueError, match="got 'elite' and 2"):
-        MOREC("MlpPolicy", log, model=model, task=ENDLESS, pessimism=2.0, **SMALL)
-    narrow = replace(log, obs=log.obs[:, :2], next_obs=log.next_obs[:, :2], spaces=example_spaces(2, 2))
+        MOREC("MlpPolicy", endless, model=model, task=ENDLESS, pessimism=2.0, **SMALL)
+    narrow = replace(endless, obs=endless.obs[:, :2], next_obs=endless.next_obs[:, :2], spaces=example_spaces(2, 2))
     with pytest.raises(ValueError, match="the dynamics reward was learned on"):
         MOREC("MlpPolicy", narrow, task=ENDLESS, model=Blind(narrow), dynamics_reward=learned, **SMALL).learn(1)
 

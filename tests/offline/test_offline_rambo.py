@@ -48,11 +48,11 @@ def test_without_adversary_and_cloning_it_is_mbpo(log, model):
     assert not torch.equal(weights(rambo), weights(played))
 
 
-def test_the_adversary_alone_lowers_the_value_of_what_comes_next(log, model, monkeypatch):
+def test_the_adversary_alone_lowers_the_value_of_what_comes_next(endless, model, monkeypatch):
     """A linear critic that likes the first column: the model learns to predict less of it, turn by turn."""
     kwargs = {"policy_kwargs": {"net_arch": {"pi": (16,), "qf": ()}}, "model": model, "model_learning_rate": 3e-3}
     task = Task("Example-v0", terminated=never)
-    agent = RAMBO("MlpPolicy", log, task=task, adversary=1.0, **(SMALL | TURN | kwargs))
+    agent = RAMBO("MlpPolicy", endless, task=task, adversary=1.0, **(SMALL | TURN | kwargs))
     agent.learn(1)
     weight = agent.policy.critic.net.weights[0]
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_the_adversary_alone_lowers_the_value_of_what_comes_next(log, model, mon
     found = []
     for _ in range(4):
         with torch.no_grad():
-            found.append(float(model.predict(log.obs, log.action).mean[model.elites, :, 0].mean()))
+            found.append(float(model.predict(endless.obs, endless.action).mean[model.elites, :, 0].mean()))
         agent._adversarial_turn()
     assert all(later < earlier for earlier, later in pairwise(found))
 
