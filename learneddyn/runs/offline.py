@@ -13,6 +13,7 @@ A log of a plant that nobody can simulate is learned from as well. Nothing is ju
 
 import importlib.util
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -58,8 +59,8 @@ class Mark(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """Mean return."""
-        return sum(self.returns) / len(self.returns)
+        """Mean return, NaN where nothing was judged."""
+        return sum(self.returns) / len(self.returns) if self.returns else math.nan
 
 
 class Outcome(NamedTuple):

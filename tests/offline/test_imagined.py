@@ -140,7 +140,7 @@ class Corner:
 def test_rollouts_that_touch_are_told_apart(log):
     zero = torch.zeros_like(log.obs)
     task = Task("Corner-v0", reward=lambda obs, action, after: action[:, 0], terminated=never)
-    still = replace(log, obs=zero, next_obs=zero)
+    still = replace(log, obs=zero, next_obs=zero, terminated=torch.zeros_like(log.terminated))
     agent = OfflineMBPO("MlpPolicy", still, task=task, model=Corner(log.spaces), seed=0, **SMALL).learn(1)
     assert imagined_log(agent).episode.unique_consecutive(return_counts=True)[1].tolist() == [3] * 30
 

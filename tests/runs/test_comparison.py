@@ -156,7 +156,7 @@ def test_the_table_shows_what_failed_diverged_or_cannot_take_part(log, quick, tm
     text = path.read_text()
     assert "| spiral, k = 50 | *no change* |" in text
     assert "| spiral | MultiHead | **failed** 2x: IndexError: index 7 is out of bounds" in text
-    assert "- MixER: tells several environments apart, and this log is of one (spiral)" in text
+    assert "- MixER: tells several environments apart, and this log is of one (see reproduce mixer) (spiral)" in text
     assert "diverged 1x" in text
     assert all(line.count("|") == 10 for line in text.splitlines() if line.startswith("|"))
     assert (tmp_path / "comparison.png").stat().st_size > 1000
