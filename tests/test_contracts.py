@@ -26,7 +26,7 @@ PLANNERS = [
 ENVS = [
     spec.id
     for spec in gym.registry.values()
-    if str(spec.entry_point).startswith("learneddyn.envs.") and "flow" not in spec.kwargs  # a flow is its own world
+    if str(spec.entry_point).startswith("learneddyn.envs.learned:")  # flows are their own worlds
 ]
 
 
