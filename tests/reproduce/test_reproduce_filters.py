@@ -16,14 +16,6 @@ from learneddyn.world import PENALTIES
 from learneddyn.world.truth import TruthDynamics
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def verdicts(findings) -> list[bool]:
     return [finding.holds for finding in findings if finding.holds is not None]
 

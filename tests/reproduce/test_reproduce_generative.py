@@ -12,14 +12,6 @@ from learneddyn.core import generator
 from learneddyn.reproduce import ofql, trajectory_diffuser
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def judged(findings) -> list[bool]:
     return [finding.holds for finding in findings if finding.holds is not None]
 

@@ -7,19 +7,10 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure
 
 from learneddyn.offline import BC, TD3BC
 from learneddyn.reproduce import conservatism, edge_of_reach
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def judged(findings) -> list[bool]:

@@ -10,14 +10,6 @@ from matplotlib.figure import Figure
 from learneddyn.reproduce import ss_orl
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def judged(findings) -> list[bool]:
     return [finding.holds for finding in findings if finding.holds is not None]
 

@@ -29,14 +29,6 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def log():
     return collect(true_dynamics.ENV, steps=300, behaviour=true_dynamics.Balancer(0), lanes=2, seed=0, progress=False)
